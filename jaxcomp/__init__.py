@@ -1,0 +1,1 @@
+"""jaxcomp: make trained JAX models small and fast."""
