@@ -1,1 +1,1 @@
-
+"""Checkpoints in and out: safetensors, Orbax, Hugging Face layouts."""
