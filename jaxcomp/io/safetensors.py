@@ -163,7 +163,7 @@ def check_finite(name: str, array: np.ndarray, file="array") -> np.ndarray:
 
 
 def _map(path: pathlib.Path) -> np.memmap:
-    if not path.is_file():
+    if not os.path.isfile(path):  # unlike Path.is_file, false for a name too long
         raise CheckpointError(path, "a file", "none", "check the path")
     try:
         with path.open("rb") as file:

@@ -1,4 +1,4 @@
-"""The safetensors reader agrees with the reference library and refuses every malformed file with one error."""
+"""The safetensors reader agrees with the reference library and refuses every malformed file."""
 
 import json
 import os
@@ -72,7 +72,7 @@ def test_views_are_lazy_read_only_and_outlive_the_file(tmp_path):
 def test_missing_tensor_names_the_nearest(tmp_path):
     save_safetensors(tmp_path / "a.safetensors", {"layers.0.weight": np.zeros(1)})
     with open_safetensors(tmp_path / "a.safetensors") as file:
-        with pytest.raises(CheckpointError, match="layers.0.weight"):
+        with pytest.raises(CheckpointError, match=r"layers\.0\.weight"):
             file.read("layers.1.weight")
 
 
