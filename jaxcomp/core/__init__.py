@@ -1,1 +1,1 @@
-
+"""The algebra: leaves, rules, transforms, calibration, reconstruction, reports."""
