@@ -80,13 +80,18 @@ def sync(path) -> None:
         os.close(descriptor)
 
 
+def is_plain_name(name: object) -> bool:
+    """True for a string that names an entry of a folder: no separator, no drive, not "." or ".."."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not any(char in name for char in "/\\:\0")
+
+
 def inside(folder, name: str) -> pathlib.Path:
     """The file `name` directly in `folder`; a separator, ".." or a link out of it is a `CheckpointError`.
 
     Links from a Hugging Face hub snapshot into the `blobs` folder of the same repository are followed.
     """
     folder, remedy = pathlib.Path(folder), "use a checkpoint whose files all lie in its folder"
-    if not isinstance(name, str) or name in ("", ".", "..") or any(char in name for char in "/\\:\0"):
+    if not is_plain_name(name):
         raise CheckpointError(folder, "a plain file name", repr(name), remedy)
     path, home = folder / name, folder.resolve()
     homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]

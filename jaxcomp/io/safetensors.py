@@ -17,7 +17,7 @@ INDEX_NAME = "model.safetensors.index.json"
 _DAMAGED = "the file is damaged; fetch it again"
 _MAX_BYTES = 2**63 - 1
 _MAX_RANK = 32
-_DTYPES = {
+DTYPES = {
     "BOOL": np.dtype(np.bool_),
     "U8": np.dtype(np.uint8),
     "I8": np.dtype(np.int8),
@@ -86,9 +86,7 @@ class Safetensors:
         if name not in self._entries:
             near = difflib.get_close_matches(name, self._entries, n=3)
             found = f"{len(self._entries)} others, the nearest {near}"
-            raise CheckpointError(
-                self.path, "the tensor to be present", found, "check the architecture", name
-            )
+            raise CheckpointError(self.path, "the tensor to be present", found, "check the architecture", name)
         return self._entries[name]
 
     def _add(self, path: pathlib.Path) -> None:
@@ -143,8 +141,8 @@ def save_safetensors(path, tensors: Mapping[str, np.ndarray], metadata: Mapping[
     """Writes arrays to one file, atomically; a dtype that the format lacks is a `CheckpointError`."""
     arrays = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
     for name, array in arrays.items():
-        if array.dtype not in _DTYPES.values():
-            expected = f"one of {sorted(_DTYPES)}"
+        if array.dtype not in DTYPES.values():
+            expected = f"one of {sorted(DTYPES)}"
             raise CheckpointError(path, expected, str(array.dtype), "pack or convert it first", name)
     with replacing(path) as temporary:
         safetensors.numpy.save_file(arrays, temporary, dict(metadata) if metadata else None)
@@ -214,16 +212,16 @@ def _spec(spec: object, name: str, path) -> tuple[np.dtype, tuple[int, ...], int
     if not isinstance(spec, dict) or spec.keys() != {"dtype", "shape", "data_offsets"}:
         raise CheckpointError(path, "the fields dtype, shape, data_offsets", repr(spec), _DAMAGED, name)
     code, shape, offsets = spec["dtype"], spec["shape"], spec["data_offsets"]
-    if not isinstance(code, str) or code not in _DTYPES:
+    if not isinstance(code, str) or code not in DTYPES:
         remedy = "convert the tensor to one of these"
-        raise CheckpointError(path, f"a dtype of {sorted(_DTYPES)}", repr(code), remedy, name)
+        raise CheckpointError(path, f"a dtype of {sorted(DTYPES)}", repr(code), remedy, name)
     if not _naturals(offsets) or len(offsets) != 2:
         raise CheckpointError(path, "two byte offsets", repr(offsets), _DAMAGED, name)
     if not _naturals(shape) or len(shape) > _MAX_RANK:
         raise CheckpointError(path, f"at most {_MAX_RANK} sizes >= 0", repr(shape), _DAMAGED, name)
-    if math.prod(max(size, 1) for size in shape) * _DTYPES[code].itemsize > _MAX_BYTES:
+    if math.prod(max(size, 1) for size in shape) * DTYPES[code].itemsize > _MAX_BYTES:
         raise CheckpointError(path, f"at most {_MAX_BYTES} bytes", repr(shape), _DAMAGED, name)
-    return _DTYPES[code], tuple(shape), *offsets
+    return DTYPES[code], tuple(shape), *offsets
 
 
 def _naturals(value: object) -> bool:
