@@ -95,18 +95,13 @@ class Attention(nn.Module):
     ) -> tuple[Float[Array, "B T D"], KeyValue | None]:
         """Attends to x, or to the cached keys and values after writing those of x."""
         c = self.config
-        query, key, value = (
-            module(x).reshape(*x.shape[:2], -1, c.head_dim) for module in (self.q, self.k, self.v)
-        )
+        query, key, value = (module(x).reshape(*x.shape[:2], -1, c.head_dim) for module in (self.q, self.k, self.v))
         if c.traits.qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)
         query = rotate(query, context.positions, layer.inv_freq, layer.amplitude)
         key = rotate(key, context.positions, layer.inv_freq, layer.amplitude)
         if kv is not None:
-            kv = tuple(
-                _write(old, new, layer.index, context.start)
-                for old, new in zip(kv, (key, value), strict=True)
-            )
+            kv = tuple(_write(old, new, layer.index, context.start) for old, new in zip(kv, (key, value), strict=True))
             key, value = (_read(old, layer.index).astype(self.dtype) for old in kv)
         if c.query_pre_attn_scalar is not None:  # attention_fn divides by sqrt(head_dim)
             query = query * jnp.asarray((c.head_dim / c.query_pre_attn_scalar) ** 0.5, query.dtype)
@@ -140,9 +135,7 @@ class MLP(nn.Module):
             ("up", c.intermediate_size),
             ("down", c.hidden_size),
         ):
-            setattr(
-                self, name, nn.Dense(features, c.mlp_bias, self.dtype, self.param_dtype, kernel_init=_INIT)
-            )
+            setattr(self, name, nn.Dense(features, c.mlp_bias, self.dtype, self.param_dtype, kernel_init=_INIT))
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Applies the layer to every token."""
@@ -183,8 +176,8 @@ class Llama(nn.Module):
 
     `attention_fn(query[B,T,H,D], key[B,S,K,D], value, mask=bool[B|1,1,T,S])` divides scores by sqrt(D), as
     Flax's own does, and gets `softcap` too when the config has one. `scan_layers`: one "blocks" subtree with
-    a leading layer axis, compiled once. `remat`: recompute each block in the backward pass. `dtype` is that of
-    activations, `param_dtype` that of new parameters.
+    a leading layer axis, compiled once. `remat`: recompute each block in the backward pass. `dtype` is that
+    of activations, `param_dtype` that of new parameters.
     """
 
     config: LlamaConfig
@@ -198,9 +191,7 @@ class Llama(nn.Module):
         """Declares the submodules."""
         c = self.config
         # float32 makes the logits of `attend` float32, whatever the dtype of the table
-        self.embed = nn.Embed(
-            c.vocab_size, c.hidden_size, jnp.float32, self.param_dtype, embedding_init=_INIT
-        )
+        self.embed = nn.Embed(c.vocab_size, c.hidden_size, jnp.float32, self.param_dtype, embedding_init=_INIT)
         block = nn.remat(Block, prevent_cse=not self.scan_layers) if self.remat else Block
         new_block = lambda: block(c, self.attention_fn, self.dtype, self.param_dtype)
         self.blocks = new_block() if self.scan_layers else [new_block() for _ in range(c.num_layers)]

@@ -148,7 +148,7 @@ class LlamaConfig:
 
 
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads")
-_POSITIVE = (*_REQUIRED, "num_kv_heads", "head_dim", "max_len", "norm_eps")
+_SIZES = (*_REQUIRED, "num_kv_heads", "head_dim", "max_len")
 _OPTIONS = tuple(sorted({option for family in FAMILIES.values() for option in family.options}))
 _HF_NAMES = {
     "vocab_size": "vocab_size",
@@ -185,11 +185,14 @@ def _validate(config: LlamaConfig) -> None:
             raise ValueError(f"LlamaConfig: {message}")
 
     check(config.family in FAMILIES, f"family {config.family!r} is unknown; use one of {', '.join(FAMILIES)}")
-    for name in _POSITIVE:
-        check(getattr(config, name) > 0, f"{name} must be positive, found {getattr(config, name)}")
+    for name in _SIZES:
+        value = getattr(config, name)
+        check(isinstance(value, int) and 0 < value < 2**31, f"{name} must be a positive int32, found {value!r}")
     heads, kv_heads = config.num_heads, config.num_kv_heads
     check(heads % kv_heads == 0, f"num_heads {heads} is not a multiple of num_kv_heads {kv_heads}")
-    check(config.head_dim % 2 == 0, f"head_dim {config.head_dim} must be even: rotary embedding turns pairs")
+    even = config.head_dim % 2 == 0 and config.head_dim <= 2**16
+    check(even, f"head_dim must be even and at most {2**16}, found {config.head_dim}")
+    check(config.norm_eps > 0, f"norm_eps must be positive, found {config.norm_eps}")
     for name in ("sliding_window", "attn_softcap", "logit_softcap", "query_pre_attn_scalar"):
         value = getattr(config, name)
         check(value is None or value > 0, f"{name} must be positive or None, found {value}")

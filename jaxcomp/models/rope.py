@@ -27,8 +27,8 @@ class Rope:
     """Rotary frequencies of one kind of layer.
 
     `kind`: "default"; "linear": frequencies divided by `factor`; "llama3": only the slow ones, with a ramp
-    from `low_freq_factor` to `high_freq_factor` turns per original context; "yarn": likewise, with a ramp over
-    dimensions between `beta_slow` and `beta_fast` turns (Peng et al., 2023, arXiv 2309.00071, section 3.2).
+    from `low_freq_factor` to `high_freq_factor` turns per original context; "yarn": likewise, with a ramp
+    over dimensions between `beta_slow` and `beta_fast` turns (Peng et al., 2023, arXiv 2309.00071, section 3.2).
     `original_max_len`: tokens of the pre-training context, needed by "llama3" and "yarn".
     `attention_factor`: amplitude of "yarn"; None is the paper's 0.1 ln(factor) + 1.
 
@@ -52,9 +52,7 @@ class Rope:
         if self.theta <= 0 or self.factor <= 0:
             raise ValueError(f"rope theta and factor must be positive, found {self.theta} and {self.factor}")
         if "original_max_len" in _KINDS[self.kind] and not self.original_max_len:
-            raise ValueError(
-                f"rope kind {self.kind!r} needs original_max_len, the pre-training context length"
-            )
+            raise ValueError(f"rope kind {self.kind!r} needs original_max_len, the pre-training context length")
 
     @property
     def amplitude(self) -> float:
