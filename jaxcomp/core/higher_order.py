@@ -96,9 +96,7 @@ def _while(*args: ArrayLike | quax.ArrayValue, cond_jaxpr, cond_nconsts, body_ja
     events = []
 
     def body(carry):
-        out, _, seen = _run_taped(
-            body_jaxpr, [*body_consts, *carry]
-        )  # the number of turns is unknown: no statistics
+        out, _, seen = _run_taped(body_jaxpr, [*body_consts, *carry])  # the number of turns is unknown: no statistics
         events[:] = seen
         return out
 

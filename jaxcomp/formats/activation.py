@@ -26,9 +26,7 @@ class ActivationQuantizer(Parts):
     def qparams(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """(scale, zero) of x [..., K], each [..., 1] in float32."""
         if self.scale is None:
-            return g.qparams(
-                x.astype(jnp.float32), g.Grid(self.grid.bits, self.grid.levels, self.grid.symmetric)
-            )
+            return g.qparams(x.astype(jnp.float32), g.Grid(self.grid.bits, self.grid.levels, self.grid.symmetric))
         ones = jnp.ones((*x.shape[:-1], 1), jnp.float32)
         zero = self.grid.count // 2 if self.zero_point is None else self.zero_point
         return ones * self.scale, ones * jnp.asarray(zero, jnp.float32)

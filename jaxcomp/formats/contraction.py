@@ -45,23 +45,15 @@ def register_dot_general(leaf_type: type, rule: Rule) -> None:
 
     @quax.register(lax.dot_general_p)
     def _(lhs: ArrayLike, rhs: leaf_type, *, dimension_numbers, preferred_element_type, **params):
-        rest = dict(
-            params, dimension_numbers=dimension_numbers, preferred_element_type=preferred_element_type
-        )
+        rest = dict(params, dimension_numbers=dimension_numbers, preferred_element_type=preferred_element_type)
         dtype = preferred_element_type or jnp.promote_types(lhs.dtype, rhs.dtype)
-        return call(
-            lhs, rhs, dimension_numbers, True, dtype, lambda w: lax.dot_general_p.bind(lhs, w, **rest)
-        )
+        return call(lhs, rhs, dimension_numbers, True, dtype, lambda w: lax.dot_general_p.bind(lhs, w, **rest))
 
     @quax.register(lax.dot_general_p)
     def _(lhs: leaf_type, rhs: ArrayLike, *, dimension_numbers, preferred_element_type, **params):
-        rest = dict(
-            params, dimension_numbers=dimension_numbers, preferred_element_type=preferred_element_type
-        )
+        rest = dict(params, dimension_numbers=dimension_numbers, preferred_element_type=preferred_element_type)
         dtype = preferred_element_type or jnp.promote_types(lhs.dtype, rhs.dtype)
-        return call(
-            rhs, lhs, dimension_numbers, False, dtype, lambda w: lax.dot_general_p.bind(w, rhs, **rest)
-        )
+        return call(rhs, lhs, dimension_numbers, False, dtype, lambda w: lax.dot_general_p.bind(w, rhs, **rest))
 
 
 def contract_last(x: jax.Array, axes: Sequence[int]) -> jax.Array:

@@ -38,7 +38,7 @@ class FakeQuantizedArray(MatrixLeaf):
     def of(
         cls, w: jax.Array, grid: g.Grid, contract_axes, act: ActivationQuantizer | None = None
     ) -> FakeQuantizedArray:
-        """Wraps a dense array [*batch, *shape]; negative `contract_axes` skip leading batch axes (see `QuantizedArray.quantize`)."""
+        """Wraps a dense array of any shape; `contract_axes` are what contractions sum over."""
         layout = Layout.of(w.shape, contract_axes)
         return cls(layout.to_matrix(w.astype(jnp.float32)), None, act, layout, grid, jnp.dtype(w.dtype).name)
 

@@ -3,9 +3,9 @@
     u    = clip(round(w / scale) + zero, 0, levels - 1)      stored unsigned code
     what = (u - zero) * scale
 
-Symmetric grids fix zero = levels // 2 and scale = max|w| / ((levels - 1) // 2). Asymmetric grids take scale = (max - min) / (levels -
-1) and zero = round(-min / scale), with min <= 0 <= max so that zero is a code (ABQ-LLM, arXiv 2408.08554, section 2, with
-the range forced to include 0; without that a constant row would be reconstructed wrongly).
+Symmetric grids fix zero = levels // 2 and scale = max|w| / ((levels - 1) // 2). Asymmetric grids take scale = (max - min) /
+(levels - 1) and zero = round(-min / scale) with min <= 0 <= max, so that zero is a code (ABQ-LLM, arXiv 2408.08554, section
+2, with the range forced to include 0: a constant row would otherwise be reconstructed wrongly).
 """
 
 from __future__ import annotations
@@ -42,9 +42,7 @@ class Grid(Parts):
         if self.symmetric and self.count < 3:
             raise ValueError("a symmetric grid needs at least 3 levels; use symmetric=False for 1 bit")
         if self.group_size < -1:
-            raise ValueError(
-                f"group_size must be positive, 0 (per channel) or -1 (per tensor), got {self.group_size}"
-            )
+            raise ValueError(f"group_size must be positive, 0 (per channel) or -1 (per tensor), got {self.group_size}")
 
     @property
     def count(self) -> int:
@@ -89,9 +87,7 @@ def qparams(
     return scale, zero
 
 
-def encode(
-    w: Float[Array, "*b n k"], scale: jax.Array, zero: jax.Array, grid: Grid
-) -> UInt8[Array, "*b n k"]:
+def encode(w: Float[Array, "*b n k"], scale: jax.Array, zero: jax.Array, grid: Grid) -> UInt8[Array, "*b n k"]:
     """Unsigned codes of a matrix."""
     grouped = w.reshape(*w.shape[:-1], scale.shape[-1], -1)
     u = jnp.clip(jnp.round(grouped / scale[..., None]) + zero[..., None], 0, grid.count - 1)

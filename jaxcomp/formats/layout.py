@@ -15,10 +15,10 @@ from jaxcomp.core.leaf import Parts
 class Layout(Parts):
     """A view of a matrix [N, K]: rows N are what a contraction keeps, columns K what it sums over.
 
-    `rows` and `cols` are the sizes of the stored axes (prod(rows) = N, prod(cols) = K); logical axis i is stored axis `perm[i]`.
-    A Dense kernel [in, out] has rows (out,), cols (in,), perm (1, 0); a convolution HWIO has rows (O,), cols (H, W, I), perm (1, 2,
-    3, 0); an embedding [vocab, dim] has rows (vocab,), cols (dim,), perm (0, 1). Leading batch axes (stacked layers, `vmap`) are not
-    part of the layout: they lead in the matrix as in the array.
+    `rows` and `cols` are the sizes of the stored axes (prod(rows) = N, prod(cols) = K); logical axis i is stored axis
+    `perm[i]`. A Dense kernel [in, out] has rows (out,), cols (in,), perm (1, 0); a convolution HWIO has rows (O,), cols (H, W,
+    I), perm (1, 2, 3, 0); an embedding [vocab, dim] has rows (vocab,), cols (dim,), perm (0, 1). Leading batch axes (stacked
+    layers, `vmap`) are not part of the layout: they lead in the matrix as in the array.
     """
 
     kind = "layout"
@@ -27,10 +27,7 @@ class Layout(Parts):
     perm: tuple[int, ...] = eqx.field(static=True)
 
     def __check_init__(self):
-        if (
-            sorted(self.perm) != list(range(len(self.rows) + len(self.cols)))
-            or min(self.stored, default=1) < 1
-        ):
+        if sorted(self.perm) != list(range(len(self.rows) + len(self.cols))) or min(self.stored, default=1) < 1:
             raise ValueError(f"layout: perm {self.perm} does not order rows {self.rows} and cols {self.cols}")
 
     @classmethod

@@ -52,9 +52,7 @@ class LowRankArray(MatrixLeaf):
         batch = w.shape[: len(w.shape) - len(layout.shape)]
         down = jax.random.normal(key, (*batch, rank, k), jnp.float32) / jnp.sqrt(jnp.float32(k))
         base = w if quantized else layout.to_matrix(w)
-        return cls(
-            base, down, jnp.zeros((*batch, n, rank), jnp.float32), layout, alpha, jnp.dtype(w.dtype).name
-        )
+        return cls(base, down, jnp.zeros((*batch, n, rank), jnp.float32), layout, alpha, jnp.dtype(w.dtype).name)
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
@@ -82,9 +80,7 @@ def _matmul(x: jax.Array, leaf: LowRankArray) -> jax.Array:
         y = quantized_matmul(x, dataclasses.replace(leaf.base, scale=lax.stop_gradient(leaf.base.scale)))
     else:
         y = lax.dot_general(x, lax.stop_gradient(leaf.base).astype(x.dtype), last)
-    update = lax.dot_general(
-        lax.dot_general(x, leaf.down.astype(x.dtype), last), leaf.up.astype(x.dtype), last
-    )
+    update = lax.dot_general(lax.dot_general(x, leaf.down.astype(x.dtype), last), leaf.up.astype(x.dtype), last)
     return y + leaf.alpha * update
 
 

@@ -49,9 +49,7 @@ class MatrixLeaf(CompressedArray):
         batch = self.batch_ndim
         if tuple(permutation[:batch]) != tuple(range(batch)):
             return NotImplemented
-        return dataclasses.replace(
-            self, layout=self.layout.transpose([p - batch for p in permutation[batch:]])
-        )
+        return dataclasses.replace(self, layout=self.layout.transpose([p - batch for p in permutation[batch:]]))
 
     def reshape(self, shape):
         """View under `reshape` where rows and columns do not mix; a leading batch axis of size 1 may be dropped."""
@@ -82,7 +80,7 @@ def register_matrix_leaf(leaf_type: type, matmul: Callable, partner: Callable | 
     Args:
       leaf_type: the class.
       matmul: `matmul(x [..., K], leaf) -> [..., N]`.
-      partner: `partner(x [samples, features], leaf)`: what happens to the other operand of a convolution (activation quantization).
+      partner: `partner(x [samples, features], leaf)`, what is done to the other operand of a convolution.
     """
 
     def dot(x, leaf, dims):

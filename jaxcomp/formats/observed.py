@@ -43,9 +43,7 @@ class ObservedArray(CompressedArray):
             raise ValueError(f"unknown statistics {unknown}; known are {STATISTICS}")
 
     @classmethod
-    def of(
-        cls, value: Any, needs: tuple[str, ...] = (), name: str = "", batch_ndim: int = 0
-    ) -> ObservedArray:
+    def of(cls, value: Any, needs: tuple[str, ...] = (), name: str = "", batch_ndim: int = 0) -> ObservedArray:
         """Observes an array or leaf whose `batch_ndim` leading axes are scanned or mapped over by the model."""
         shape = value.shape[batch_ndim:]
         return cls(value, Layout(tuple(shape), (), tuple(range(len(shape)))), tuple(sorted(needs)), name)

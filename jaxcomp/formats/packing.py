@@ -53,9 +53,7 @@ def unpack(words: UInt32[Array, "*rows words"], bits: int, k: int) -> UInt8[Arra
     groups = -(-k // 32)
     padded = jnp.pad(words, [(0, 0)] * len(rows) + [(0, groups * bits - width)]).reshape(*rows, groups, bits)
     return (
-        jnp.stack([_lane(padded, i, bits) & mask for i in range(32)], -1)
-        .astype(jnp.uint8)
-        .reshape(*rows, -1)[..., :k]
+        jnp.stack([_lane(padded, i, bits) & mask for i in range(32)], -1).astype(jnp.uint8).reshape(*rows, -1)[..., :k]
     )
 
 

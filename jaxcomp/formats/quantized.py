@@ -50,12 +50,12 @@ class QuantizedArray(MatrixLeaf):
         act: ActivationQuantizer | None = None,
         scale_dtype=None,
     ) -> QuantizedArray:
-        """Round-to-nearest quantization of a dense array; axes before the layout's are batch axes counted from `contract_axes` < 0.
+        """Round-to-nearest quantization of a dense array. For stacked layers, `jax.vmap` it.
 
         Args:
-          w: array [*batch, *shape].
+          w: array of any shape.
           grid: target grid.
-          contract_axes: axes that contractions sum over; negative axes where `w` has leading batch axes.
+          contract_axes: axes that contractions sum over.
           act: optional activation quantizer.
           scale_dtype: dtype of the stored scales, float32 by default. Codes are computed with the rounded scales.
         """
@@ -75,9 +75,7 @@ class QuantizedArray(MatrixLeaf):
     def from_codes(cls, codes, scale, zero, grid, layout, dtype, act=None) -> QuantizedArray:
         """Packs unsigned codes uint8 [*batch, N, K] with their scales and zeros."""
         zero_point = None if grid.symmetric else jnp.asarray(zero).astype(jnp.uint8)
-        return cls(
-            packing.pack(codes, grid.bits), scale, zero_point, act, layout, grid, jnp.dtype(dtype).name
-        )
+        return cls(packing.pack(codes, grid.bits), scale, zero_point, act, layout, grid, jnp.dtype(dtype).name)
 
     def __check_init__(self):
         n, k = self.layout.matrix_shape
@@ -92,9 +90,7 @@ class QuantizedArray(MatrixLeaf):
             raise ValueError(f"scale: expected shape {want}, found {tuple(self.scale.shape)}")
         if (self.zero_point is None) != self.grid.symmetric:
             raise ValueError("zero_point must be given for asymmetric grids and only for them")
-        if self.zero_point is not None and (
-            tuple(self.zero_point.shape) != want or self.zero_point.dtype != jnp.uint8
-        ):
+        if self.zero_point is not None and (tuple(self.zero_point.shape) != want or self.zero_point.dtype != jnp.uint8):
             raise ValueError(
                 f"zero_point: expected uint8 {want}, found {self.zero_point.dtype} {self.zero_point.shape}"
             )

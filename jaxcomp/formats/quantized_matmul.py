@@ -8,9 +8,7 @@ from jax import lax
 
 from jaxcomp.formats import packing
 
-_BLOCK_BYTES = (
-    4 << 20
-)  # a CPU decodes at most this much of a weight at once; accelerators fuse or have kernels
+_BLOCK_BYTES = 4 << 20  # a CPU decodes at most this much of a weight at once; accelerators fuse or have kernels
 
 
 def kernel_name(leaf) -> str:
@@ -47,8 +45,7 @@ def _decode_matmul(x: jax.Array, leaf) -> jax.Array:
 
 
 def _decode_block(x, packed, scale, zero, grid) -> jax.Array:
-    m, k = x.shape
-    u = packing.unpack(packed, grid.bits, k).astype(jnp.float32)
+    u = packing.unpack(packed, grid.bits, x.shape[1]).astype(jnp.float32)
     groups = scale.shape[-1]
     w = u.reshape(u.shape[0], groups, -1) - zero[..., None].astype(jnp.float32)
     if groups > 1:

@@ -39,11 +39,7 @@ _view(lax.copy_p, "copy", lambda leaf: ())
 def _broadcast(leaf: CompressedArray, *dynamic: ArrayLike, shape, broadcast_dimensions, **params):
     kept = tuple(n for i, n in enumerate(shape) if i in broadcast_dimensions)
     only_ones = all(n == 1 for i, n in enumerate(shape) if i not in broadcast_dimensions)
-    out = (
-        leaf.reshape(shape)
-        if only_ones and kept == leaf.shape and hasattr(leaf, "reshape")
-        else NotImplemented
-    )
+    out = leaf.reshape(shape) if only_ones and kept == leaf.shape and hasattr(leaf, "reshape") else NotImplemented
     if out is not NotImplemented:
         return out
     params = dict(params, shape=shape, broadcast_dimensions=broadcast_dimensions)
