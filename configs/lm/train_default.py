@@ -1,0 +1,42 @@
+"""The small decoder that ships with the package (jaxcomp/data/assets/lm).
+
+python -m experiments.train_lm --config=configs/lm/train_default.py --workdir=runs/lm --export=jaxcomp/data/assets/lm
+
+Expected on two CPU cores: 35 minutes. Text: the standard library's documentation (jaxcomp.data.stdlib).
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """Every setting of the run."""
+    return ConfigDict(
+        dict(
+            seed=0,
+            vocab_size=1024,
+            # Fields of jaxcomp.models.llama_config.LlamaConfig; the vocabulary is the tokenizer's.
+            model=dict(
+                hidden_size=192,
+                intermediate_size=320,
+                num_layers=6,
+                num_heads=4,
+                num_kv_heads=2,
+                head_dim=32,
+                max_len=256,
+                tie_embeddings=True,
+            ),
+            context=256,
+            batch_size=8,
+            steps=4000,
+            learning_rate=3e-3,
+            final_learning_rate=3e-5,
+            warmup_steps=100,
+            weight_decay=0.1,
+            dropout=0.0,  # on the two branches of every block
+            beta2=0.98,
+            clip_norm=1.0,
+            log_every=50,
+            eval_every=500,
+            checkpoint_every=250,
+        )
+    )
