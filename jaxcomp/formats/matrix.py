@@ -69,8 +69,10 @@ class MatrixLeaf(CompressedArray):
         """Leaves are immutable: the leaf itself."""
         return self
 
-    def slice_batch(self, start, size: int):
-        """`size` entries of the leading batch axis from `start`, which may be traced."""
+    def slice_leading(self, start, size: int):
+        """`size` entries of the first logical axis from `start` (may be traced), where that is a batch axis."""
+        if not self.batch_ndim:
+            return self.slice_rows(start, size) if hasattr(self, "slice_rows") else NotImplemented
         return jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, start, size, 0), self)
 
 
@@ -89,7 +91,8 @@ def register_matrix_leaf(leaf_type: type, matmul: Callable, partner: Callable | 
             tape.event(leaf.name, "dot_general", leaf.kernel_name(), leaf.shape)
         return out
 
-    def conv(x, leaf, spec, run):
+    def conv(x, leaf, spec, run, params):
+        del params
         if partner is not None:
             lead = x.transpose(spec.lhs_spec)  # [samples, features, *spatial]
             flat = partner(lead.reshape(lead.shape[0], -1), leaf).reshape(lead.shape)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import equinox as eqx
@@ -15,7 +14,6 @@ from jaxcomp.core import tape
 from jaxcomp.core.leaf import CompressedArray, is_compressed, materialise
 from jaxcomp.formats.contraction import contract_last, register_dot_general
 from jaxcomp.formats.convolution import register_conv
-from jaxcomp.formats.layout import Layout
 
 STATISTICS = ("count", "sum", "max_abs", "max_value", "min_value", "sum_abs", "sum_sq", "gram")
 
@@ -28,13 +26,13 @@ class ObservedArray(CompressedArray):
 
     Attributes:
       value: the array or leaf.
-      layout: the view of the value that the model holds: rows are all axes of the value, there are no columns.
+      perm: axes of the value in the order in which the model currently sees them; empty for the order of the value.
       needs: which statistics to collect.
     """
 
     kind = "observed"
     value: Any
-    layout: Layout
+    perm: tuple[int, ...] = eqx.field(static=True, default=())
     needs: tuple[str, ...] = eqx.field(static=True, default=())
     name: str = eqx.field(static=True, default="")
 
@@ -43,29 +41,22 @@ class ObservedArray(CompressedArray):
             raise ValueError(f"unknown statistics {unknown}; known are {STATISTICS}")
 
     @classmethod
-    def of(cls, value: Any, needs: tuple[str, ...] = (), name: str = "", batch_ndim: int = 0) -> ObservedArray:
-        """Observes an array or leaf whose `batch_ndim` leading axes are scanned or mapped over by the model."""
-        shape = value.shape[batch_ndim:]
-        return cls(value, Layout(tuple(shape), (), tuple(range(len(shape)))), tuple(sorted(needs)), name)
+    def of(cls, value: Any, needs: tuple[str, ...] = (), name: str = "") -> ObservedArray:
+        """Observes an array or leaf."""
+        return cls(value, (), tuple(sorted(needs)), name)
 
     @property
-    def _batch_ndim(self) -> int:
-        return len(self.value.shape) - len(self.layout.rows)
+    def axes(self) -> tuple[int, ...]:
+        """Axis of the value behind each logical axis."""
+        return self.perm or tuple(range(len(self.value.shape)))
 
     def aval(self) -> jax.core.ShapedArray:
         """Shape of the current view, dtype of the value."""
-        batch = self.value.shape[: self._batch_ndim]
-        return jax.core.ShapedArray((*batch, *self.layout.shape), self.value.dtype)
+        return jax.core.ShapedArray(tuple(self.value.shape[a] for a in self.axes), self.value.dtype)
 
     def view(self) -> Any:
-        """The value as the model sees it: itself where nothing was transposed, else a dense array."""
-        if self.layout.shape == self.value.shape[self._batch_ndim :] and self.layout.perm == tuple(
-            range(len(self.layout.perm))
-        ):
-            return self.value
-        dense = materialise(self.value, "transpose")
-        batch = dense.shape[: self._batch_ndim]
-        return self.layout.to_array(dense.reshape(*batch, math.prod(self.layout.rows), 1))
+        """The value as the model sees it: itself where nothing was transposed, else transposed."""
+        return quax.quaxify(jnp.transpose)(self.value, self.perm) if self.perm else self.value
 
     def materialise(self) -> Any:
         """The current view."""
@@ -73,14 +64,12 @@ class ObservedArray(CompressedArray):
 
     def transpose(self, permutation):
         """View under `jnp.transpose`."""
-        if self._batch_ndim:
-            return NotImplemented
-        return ObservedArray(self.value, self.layout.transpose(permutation), self.needs, self.name)
+        return ObservedArray(self.value, tuple(self.axes[p] for p in permutation), self.needs, self.name)
 
     def astype(self, dtype):
         """The value under another dtype."""
         value = quax.quaxify(lax.convert_element_type)(self.value, dtype)
-        return ObservedArray(value, self.layout, self.needs, self.name)
+        return ObservedArray(value, self.perm, self.needs, self.name)
 
     def copy(self):
         """Leaves are immutable: the leaf itself."""
@@ -88,7 +77,7 @@ class ObservedArray(CompressedArray):
 
     def take(self, ids: jax.Array):
         """Rows of an observed table: nothing to observe, but the use is recorded."""
-        tape.event(self.name, "gather", "observed", self.shape, axes=tuple(self.layout.perm[1:]))
+        tape.event(self.name, "gather", "observed", self.shape, axes=_negative(self.axes[1:], len(self.axes)))
         return quax.quaxify(lambda table: jnp.take(table, ids, axis=0))(self.view())
 
 
@@ -108,9 +97,13 @@ def statistics(x: jax.Array, needs: tuple[str, ...]) -> dict[str, jax.Array]:
     return {name: compute[name]() for name in needs}
 
 
+def _negative(axes, ndim: int) -> tuple[int, ...]:
+    return tuple(sorted(a - ndim for a in axes))
+
+
 def _dot(x, leaf: ObservedArray, dims):
-    axes = [leaf.layout.perm[a] for a in dims.leaf]
-    tape.event(leaf.name, "dot_general", "observed", leaf.shape, axes=tuple(sorted(axes)))
+    axes = [leaf.axes[a] for a in dims.leaf]
+    tape.event(leaf.name, "dot_general", "observed", leaf.shape, axes=_negative(axes, len(leaf.axes)))
     if leaf.needs and not dims.leaf_batch:
         order = sorted(range(len(axes)), key=axes.__getitem__)
         flat = contract_last(x, [dims.x[i] for i in order])
@@ -120,11 +113,23 @@ def _dot(x, leaf: ObservedArray, dims):
     return quax.quaxify(product)(x, leaf.view()) if is_compressed(leaf.view()) else product(x, leaf.view())
 
 
-def _conv(x, leaf: ObservedArray, spec, conv):
-    out_axis = spec.rhs_spec[0]
-    axes = tuple(sorted(leaf.layout.perm[a] for a in range(len(leaf.shape)) if a != out_axis))
-    tape.event(leaf.name, "conv_general_dilated", "observed", leaf.shape, axes=axes)
+def _conv(x, leaf: ObservedArray, spec, conv, params):
+    in_axes = spec.rhs_spec[1:]
+    axes = [leaf.axes[a] for a in in_axes]
+    tape.event(leaf.name, "conv_general_dilated", "observed", leaf.shape, axes=_negative(axes, len(leaf.axes)))
+    if leaf.needs and params["feature_group_count"] == params["batch_group_count"] == 1:
+        patches = _patches(x, [leaf.shape[a] for a in in_axes], spec, params)
+        patches = patches.transpose(0, *(1 + i for i in sorted(range(len(axes)), key=axes.__getitem__)))
+        tape.add_stats(leaf.name, statistics(patches.reshape(patches.shape[0], -1), leaf.needs))
     return conv(x, materialise(leaf.view(), "conv_general_dilated"))
+
+
+def _patches(x, sizes: list[int], spec, params) -> jax.Array:
+    """What the kernel is multiplied with at every output position: [T, in, *spatial]."""
+    keys = ("window_strides", "padding", "lhs_dilation", "rhs_dilation")
+    patches = lax.conv_general_dilated_patches(x, sizes[1:], **{k: params[k] for k in keys}, dimension_numbers=spec)
+    features = jnp.moveaxis(patches, spec.out_spec[1], -1)
+    return features.reshape(-1, *sizes)
 
 
 register_dot_general(ObservedArray, _dot)

@@ -116,10 +116,8 @@ class QuantizedArray(MatrixLeaf):
         """What `explain` prints for a contraction."""
         return kernel_name(self)
 
-    def slice_leading(self, start, size: int):
-        """`size` entries of the first logical axis from `start` (may be traced): a batch axis or the only row axis."""
-        if self.batch_ndim:
-            return self.slice_batch(start, size)
+    def slice_rows(self, start, size: int):
+        """`size` entries of the first logical axis from `start` (may be traced), where that is the only row axis."""
         if not self._is_table():
             return NotImplemented
         return self._rows(lambda a: jax.lax.dynamic_slice_in_dim(a, start, size, 0), size)
