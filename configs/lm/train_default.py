@@ -16,8 +16,8 @@ def get_config() -> ConfigDict:
             vocab_size=1024,
             # Fields of jaxcomp.models.llama_config.LlamaConfig; the vocabulary is the tokenizer's.
             model=dict(
-                hidden_size=192,
-                intermediate_size=320,
+                hidden_size=128,
+                intermediate_size=384,
                 num_layers=6,
                 num_heads=4,
                 num_kv_heads=2,
@@ -27,7 +27,7 @@ def get_config() -> ConfigDict:
             ),
             context=256,
             batch_size=8,
-            steps=4000,
+            steps=5000,
             learning_rate=3e-3,
             final_learning_rate=3e-5,
             warmup_steps=100,

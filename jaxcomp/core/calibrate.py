@@ -106,7 +106,7 @@ def _check_finite(stats: Mapping[str, Mapping[str, jax.Array]]) -> dict[str, dic
         for name, value in leaf.items():
             if not bool(jnp.isfinite(value).all()):
                 raise ValueError(
-                    f"{path}: calibration statistic {name!r} is not finite; look for NaN or Inf in the weights before this layer, "
+                    f"{path}: calibration statistic {name!r} is not finite; look for NaN or Inf in the weights before it, "
                     "or in the calibration batches"
                 )
     return {p: dict(s) for p, s in stats.items()}

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 
 import jax
@@ -34,7 +33,8 @@ class Perplexity:
     @property
     def ppl(self) -> float:
         """exp of the mean negative log likelihood per predicted token; inf if that overflows."""
-        return float(np.exp(min(self.nll.sum() / self.tokens, math.log(np.finfo(float).max))))
+        with np.errstate(over="ignore"):
+            return float(np.exp(self.nll.sum() / self.tokens))
 
     @property
     def accuracy(self) -> float:

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pathlib
+import shutil
 from collections.abc import Iterator
 
 MAX_JSON_BYTES = 100_000_000
@@ -102,3 +103,31 @@ def inside(folder, name: str) -> pathlib.Path:
     if real.parent not in homes:
         raise CheckpointError(path, f"a file inside {home}", f"a link to {real}", remedy)
     return path
+
+
+@contextlib.contextmanager
+def new_folder(path) -> Iterator[pathlib.Path]:
+    """Yields a temporary sibling folder to fill; on success it is renamed to `path`, else deleted.
+
+    Raises:
+      CheckpointError: `path` is a file or a folder that holds something.
+    """
+    path = pathlib.Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise CheckpointError(path, "a new or empty folder", "files", "choose another folder or clear it")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        sync(temporary)
+        os.replace(temporary, path)  # an empty folder gives way
+        sync(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_json(path, value: object) -> None:
+    """Writes indented JSON and flushes it to the disk."""
+    path = pathlib.Path(path)
+    path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    sync(path)

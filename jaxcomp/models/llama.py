@@ -190,8 +190,7 @@ class Llama(nn.Module):
     def setup(self):
         """Declares the submodules."""
         c = self.config
-        # float32 makes the logits of `attend` float32, whatever the dtype of the table
-        self.embed = nn.Embed(c.vocab_size, c.hidden_size, jnp.float32, self.param_dtype, embedding_init=_INIT)
+        self.embed = nn.Embed(c.vocab_size, c.hidden_size, self.dtype, self.param_dtype, embedding_init=_INIT)
         block = nn.remat(Block, prevent_cse=not self.scan_layers) if self.remat else Block
         new_block = lambda: block(c, self.attention_fn, self.dtype, self.param_dtype)
         self.blocks = new_block() if self.scan_layers else [new_block() for _ in range(c.num_layers)]
@@ -226,14 +225,18 @@ class Llama(nn.Module):
 
     def embed_tokens(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Input of the first block."""
-        x = self.embed(tokens).astype(self.dtype)
+        x = self.embed(tokens)
         gemma = self.config.traits.gemma
         return x * jnp.asarray(self.config.hidden_size**0.5, self.dtype) if gemma else x
 
     def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Logits from the output of the last block, float32."""
         x = self.final_norm(x)
-        logits = self.embed.attend(x.astype(jnp.float32)) if self.config.tie_embeddings else self.head(x)
+        if self.config.tie_embeddings:  # `Embed.attend`, but with sums and logits in float32
+            table = self.embed.embedding.astype(self.dtype)
+            logits = _wide_dot(x, table, (((2,), (1,)), ((), ())))
+        else:
+            logits = self.head(x)
         cap = self.config.logit_softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
