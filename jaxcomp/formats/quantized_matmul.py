@@ -8,7 +8,7 @@ from jax import lax
 
 from jaxcomp.formats import packing
 
-_BLOCK_BYTES = 4 << 20  # a CPU decodes at most this much of a weight at once; accelerators fuse or have kernels
+_BLOCK_BYTES = 1 << 20  # a CPU decodes at most this much of a weight at once: its scheduler would expand all layers early
 
 
 def kernel_name(leaf) -> str:
@@ -95,6 +95,6 @@ def _per_row(leaf, n: int) -> tuple[jax.Array, jax.Array]:
 
 def _row_block(n: int, k: int) -> int:
     """Rows decoded at once: all, or the largest divisor of n whose float32 tile fits `_BLOCK_BYTES`."""
-    if n * k * 4 <= 2 * _BLOCK_BYTES:
+    if n * k * 4 <= _BLOCK_BYTES:
         return n
     return max((r for r in range(1, n + 1) if n % r == 0 and r * k * 4 <= _BLOCK_BYTES), default=1)
