@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,6 +32,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from jaxcomp.data import text
 from jaxcomp.evaluate.intervals import bootstrap_perplexity
 from jaxcomp.evaluate.perplexity import Perplexity, perplexity
+from jaxcomp.io.files import new_folder, read_json, replacing, write_json
 from jaxcomp.io.huggingface import save_pretrained
 from jaxcomp.models.llama import Llama
 from jaxcomp.models.llama_config import LlamaConfig
@@ -75,7 +75,8 @@ def load_data(config: ConfigDict, workdir: pathlib.Path) -> Data:
     """Text as tokens; the tokenizer is trained once per `workdir`."""
     file = workdir / "tokenizer.json"
     if not file.exists():
-        train_tokenizer(text.embedded_text("train"), config.vocab_size).save(str(file))
+        with replacing(file) as temporary:
+            train_tokenizer(text.embedded_text("train"), config.vocab_size).save(str(temporary))
     tokenizer = Tokenizer.from_file(str(file))
     train, *held_out = (np.array(tokenizer.encode(text.embedded_text(split)).ids, np.int32) for split in text.SPLITS)
     validation, calibration = (text.token_windows(tokens, config.context) for tokens in held_out)
@@ -92,31 +93,16 @@ def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
 
 
-def branch_dropout(rate: float) -> Callable:
-    """Flax interceptor: dropout on what each attention and MLP adds to the residual stream."""
+def make_update(model: Llama, optimizer: optax.GradientTransformation) -> Callable:
+    """Jitted `(params, opt_state, tokens) -> (params, opt_state, loss)`; loss is nats per token."""
 
-    def intercept(call, args, kwargs, context: nn.module.InterceptorContext):
-        out = call(*args, **kwargs)
-        if context.method_name != "__call__" or context.module.name not in ("o", "down"):
-            return out
-        keep = jax.random.bernoulli(context.module.make_rng("dropout"), 1.0 - rate, out.shape)
-        return jnp.where(keep, out / (1.0 - rate), jnp.zeros_like(out))
-
-    return intercept
-
-
-def make_update(config: ConfigDict, model: Llama, optimizer: optax.GradientTransformation) -> Callable:
-    """Jitted `(params, opt_state, tokens, step) -> (params, opt_state, loss)`; loss is nats per token."""
-
-    def loss_fn(params, tokens: Int[Array, "batch length"], key) -> Float[Array, ""]:
-        with nn.intercept_methods(branch_dropout(config.dropout)):
-            logits = model.apply({"params": params}, tokens, rngs={"dropout": key})[:, :-1]
+    def loss_fn(params, tokens: Int[Array, "batch length"]) -> Float[Array, ""]:
+        logits = model.apply({"params": params}, tokens)[:, :-1]
         return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def update(params, opt_state, tokens, step):
-        key = jax.random.fold_in(jax.random.key(config.seed), step)
-        loss, grads = jax.value_and_grad(loss_fn)(params, tokens, key)
+    @jax.jit
+    def update(params, opt_state, tokens):
+        loss, grads = jax.value_and_grad(loss_fn)(params, tokens)
         updates, opt_state = optimizer.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state, loss
 
@@ -129,55 +115,74 @@ def initial_state(config: ConfigDict, model: Llama, optimizer: optax.GradientTra
     return State(params, optimizer.init(params), np.zeros((), np.int32), np.zeros((), np.float32))
 
 
-def steps_with_progress(console: Console, start: int, stop: int) -> Iterator[int]:
-    """Step numbers start + 1 .. stop, with a bar where the console is a terminal."""
+def training_steps(
+    config: ConfigDict, model: Llama, optimizer: optax.GradientTransformation, tokens, state: State
+) -> Iterator[tuple[State, Float[Array, ""]]]:
+    """Yields (state, loss) after each step from `state` to `config.steps`."""
+    params, opt_state, start, seconds = state
+    update = make_update(model, optimizer)
+    batches = text.batches(tokens, config.context, config.batch_size, config.seed, start=int(start))
+    began = time.monotonic() - float(seconds)
+    for step in range(int(start) + 1, config.steps + 1):
+        params, opt_state, loss = update(params, opt_state, next(batches))
+        yield State(params, opt_state, np.int32(step), np.float32(time.monotonic() - began)), loss
+
+
+def with_progress(console: Console, steps: Iterator, start: int, stop: int) -> Iterator:
+    """The same items, with a bar from `start` to `stop` where the console is a terminal."""
     with Progress(console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("training", total=stop, completed=start)
-        for step in range(start + 1, stop + 1):
-            yield step
-            progress.update(task, completed=step)
+        yield from progress.track(steps, total=stop, completed=start, description="training")
 
 
 def train(config: ConfigDict, workdir: pathlib.Path) -> tuple[Llama, Data, State]:
-    """Trains to the end, from the newest checkpoint of `workdir` if there is one."""
+    """Trains to the end, from the newest checkpoint of `workdir` if there is one.
+
+    Raises:
+      ValueError: `workdir` holds a run with other settings.
+    """
     workdir = pathlib.Path(workdir).resolve()
-    workdir.mkdir(parents=True, exist_ok=True)
+    claim(workdir, config)
     data = load_data(config, workdir)
     model = Llama(LlamaConfig(vocab_size=data.tokenizer.get_vocab_size(), **config.model))
     optimizer = make_optimizer(config)
-    state = initial_state(config, model, optimizer)
-    with (
-        ocp.CheckpointManager(workdir / "checkpoints", options=ocp.CheckpointManagerOptions(max_to_keep=2)) as manager,
-        SummaryWriter(str(workdir)) as writer,
-    ):
+    start, losses, console = initial_state(config, model, optimizer), [], Console(soft_wrap=True)
+    options = ocp.CheckpointManagerOptions(max_to_keep=2)
+    with ocp.CheckpointManager(workdir / "checkpoints", options=options) as manager, SummaryWriter(str(workdir)) as log:
         if manager.latest_step() is not None:
-            state = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(state))
-            logging.info("resumed at step %d", state.step)
-        state = run_steps(config, model, make_update(config, model, optimizer), data, state, manager, writer)
+            start = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(start))
+        state, steps = start, training_steps(config, model, optimizer, data.train, start)
+        for state, loss in with_progress(console, steps, int(start.step), config.steps):
+            step = int(state.step)
+            losses.append(loss)
+            due = lambda every, step=step: step % every == 0 or step == config.steps
+            if due(config.log_every):
+                report(console, log, config, state, "train/loss", float(jnp.mean(jnp.stack(losses))))
+                losses.clear()
+            if due(config.eval_every):
+                ppl = evaluate(model, state.params, data.calibration).ppl
+                report(console, log, config, state, "calibration/perplexity", ppl)
+            if due(config.checkpoint_every):
+                manager.save(step, args=ocp.args.StandardSave(state))
     return model, data, state
 
 
-def run_steps(config, model, update, data: Data, state: State, manager, writer) -> State:
-    """Steps from `state` to `config.steps`, with logs, evaluations and checkpoints."""
-    params, opt_state, start, seconds = state
-    batches = text.batches(data.train, config.context, config.batch_size, config.seed, start=int(start))
-    losses, began, console = [], time.monotonic() - float(seconds), Console(soft_wrap=True)
-    for step in steps_with_progress(console, int(start), config.steps):
-        params, opt_state, loss = update(params, opt_state, next(batches), step)
-        losses.append(loss)
-        if step % config.log_every == 0:
-            mean, elapsed = float(jnp.mean(jnp.stack(losses))), time.monotonic() - began
-            losses.clear()
-            writer.add_scalar("train/loss", mean, step)
-            console.print(f"step {step}/{config.steps} loss {mean:.4f} ({elapsed / 60:.1f} min)")
-        if step % config.eval_every == 0 or step == config.steps:
-            ppl = evaluate(model, params, data.calibration).ppl
-            writer.add_scalar("calibration/perplexity", ppl, step)
-            console.print(f"step {step}/{config.steps} calibration perplexity {ppl:.3f}")
-        if step % config.checkpoint_every == 0 or step == config.steps:
-            state = State(params, opt_state, np.int32(step), np.float32(time.monotonic() - began))
-            manager.save(step, args=ocp.args.StandardSave(state))
-    return state
+def claim(workdir: pathlib.Path, config: ConfigDict) -> None:
+    """Creates `workdir` for a run, or checks that it is this run's."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    file, wanted = workdir / "config.json", json.loads(config.to_json())
+    if not file.exists():
+        with replacing(file) as temporary:
+            write_json(temporary, wanted)
+    found = read_json(file)
+    differ = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+    if differ:
+        raise ValueError(f"{file}: the run in this folder has another {', '.join(differ)}; choose another workdir")
+
+
+def report(console: Console, log: SummaryWriter, config: ConfigDict, state: State, name: str, value: float) -> None:
+    """One line and one TensorBoard scalar."""
+    log.add_scalar(name, value, int(state.step))
+    console.print(f"step {state.step}/{config.steps} {name} {value:.4f} ({state.seconds / 60:.1f} min)")
 
 
 def evaluate(model: Llama, params: dict, windows: Int[np.ndarray, "n length"]) -> Perplexity:
@@ -191,7 +196,11 @@ def _apply(model: Llama) -> Callable:
 
 
 def export(config: ConfigDict, folder: str, model: Llama, data: Data, state: State, command: str) -> None:
-    """Writes the model in float16 with `training.json`; its perplexity is that of the rounded weights."""
+    """Writes the model in float16 with `training.json`, whose perplexities are those of the rounded weights.
+
+    Raises:
+      CheckpointError: `folder` holds files; the trained model stays in the workdir.
+    """
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.float16), state.params)
     rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
     validation = bootstrap_perplexity(evaluate(model, rounded, data.validation))
@@ -210,8 +219,9 @@ def export(config: ConfigDict, folder: str, model: Llama, data: Data, state: Sta
         "jax": jax.__version__,
         "device": f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores",
     }
-    save_pretrained(folder, model.config, params, tokenizer=data.tokenizer)
-    pathlib.Path(folder, "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    with new_folder(folder) as temporary:
+        save_pretrained(temporary, model.config, params, tokenizer=data.tokenizer)
+        write_json(temporary / "training.json", record)
 
 
 def main(argv) -> None:

@@ -2,7 +2,6 @@
 
 Sources are parsed, never imported. A document is one help topic, or the docstrings and block comments of one
 module; its split follows from a hash of its *name*, so that an edited text stays on its side in every Python version.
-Run `python -m jaxcomp.data.stdlib FOLDER` to write the held-out excerpts that ship as `assets/text`.
 """
 
 import ast
@@ -10,7 +9,6 @@ import functools
 import hashlib
 import pathlib
 import re
-import sys
 import sysconfig
 import warnings
 from collections.abc import Iterator
@@ -30,10 +28,15 @@ def split_of(name: str) -> str:
 
 @functools.cache
 def documents() -> dict[str, list[str]]:
-    """{name: paragraphs} of this interpreter, in a fixed order; repeated and copyright paragraphs are left out."""
+    """{name: paragraphs} of this interpreter in a fixed order.
+
+    A paragraph that occurs twice is kept once (many help topics are passages of another one); notes of copyright
+    are left out.
+    """
     seen, result = set(), {}
-    for name, paragraphs in [*_topics(), *_modules()]:
-        fresh = [p for p in dict.fromkeys(paragraphs) if p not in seen and "copyright" not in p.lower()]
+    for name, texts in [*_topics(), *_modules()]:
+        paragraphs = dict.fromkeys(p for text in texts for p in text.split("\n\n") if p.strip())
+        fresh = [p for p in paragraphs if p not in seen and "copyright" not in p.lower()]
         seen.update(fresh)
         if fresh:
             result[name] = fresh
@@ -83,11 +86,7 @@ def split_text(split: str) -> str:
     return join([p for name, paragraphs in documents().items() if split_of(name) == split for p in paragraphs])
 
 
-def main(folder: str) -> None:
-    """Writes `validation.txt` and `calibration.txt` of this interpreter into a folder."""
+def write_held_out(folder: str) -> None:
+    """Writes `validation.txt` and `calibration.txt` of this interpreter, the files that ship as `assets/text`."""
     for split in HELD_OUT:
         pathlib.Path(folder, f"{split}.txt").write_text(split_text(split), encoding="utf-8", newline="\n")
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
