@@ -1,12 +1,8 @@
 """Hugging Face folders of dense Llama-family checkpoints, streamed one tensor at a time."""
 
-import contextlib
 import dataclasses
-import json
-import os
-import pathlib
-import shutil
-from collections.abc import Callable, Iterator, Mapping
+import itertools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -15,7 +11,7 @@ import numpy as np
 import tokenizers
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from jaxcomp.io.files import CheckpointError, inside, read_json, sync
+from jaxcomp.io.files import CheckpointError, inside, new_folder, read_json, write_json
 from jaxcomp.io.safetensors import INDEX_NAME, Safetensors, open_sharded, save_safetensors
 from jaxcomp.models.llama import Llama, unstack_layers
 from jaxcomp.models.llama_config import LlamaConfig
@@ -95,7 +91,7 @@ def load_pretrained(
             view = tensors.read(hf_name(path, config))
             view = view.T if path.endswith("/kernel") else view
             where = None if sharding is None else sharding(path, shape)
-            params[path] = jax.block_until_ready(_to_device(view, dtype, where))  # bounds host memory
+            params[path] = _to_device(view, dtype, where)
     return config, unflatten_dict(params, sep="/")
 
 
@@ -124,10 +120,17 @@ def _checked_shapes(config: LlamaConfig, tensors: Safetensors) -> dict[str, tupl
 
 
 def _to_device(view: np.ndarray, dtype: Any, sharding: jax.sharding.Sharding | None) -> jax.Array:
-    fetch = lambda index: np.array(view[index], dtype, order="C")
+    """Copies slice after slice; `jax.make_array_from_callback` would hold all of them in host memory at once."""
     if sharding is None:
-        return jax.device_put(fetch(...))
-    return jax.make_array_from_callback(view.shape, sharding, fetch)
+        return jax.block_until_ready(jax.device_put(np.array(view, dtype, order="C")))
+    placed = sharding.addressable_devices_indices_map(view.shape).items()
+    slice_of = lambda item: str(item[1])
+    pieces = []
+    for _, replicas in itertools.groupby(sorted(placed, key=slice_of), slice_of):
+        devices, indices = zip(*replicas, strict=True)
+        piece = np.array(view[indices[0]], dtype, order="C")
+        pieces += jax.block_until_ready([jax.device_put(piece, device) for device in devices])
+    return jax.make_array_from_single_device_arrays(view.shape, sharding, pieces)
 
 
 def save_pretrained(
@@ -152,17 +155,17 @@ def save_pretrained(
     files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     files = ["model.safetensors"] if len(shards) == 1 else files
     dtype = jnp.dtype(params["embed/embedding"].dtype).name
-    with _new_folder(folder) as temporary:
+    with new_folder(folder) as temporary:
         for file, paths in zip(files, shards, strict=True):
             tensors = {hf_name(path, config): _to_host(path, params[path]) for path in paths}
             save_safetensors(temporary / file, tensors, {"format": "pt"})
         if len(shards) > 1:
             held = {hf_name(path, config): file for file, paths in zip(files, shards, strict=True) for path in paths}
             total = sum(leaf.nbytes for leaf in params.values())
-            _write_json(temporary / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": held})
+            write_json(temporary / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": held})
         if tokenizer is not None:
             tokenizer.save(str(temporary / "tokenizer.json"))
-        _write_json(temporary / "config.json", config.to_hf() | {"torch_dtype": dtype})
+        write_json(temporary / "config.json", config.to_hf() | {"torch_dtype": dtype})
 
 
 def _check_params(folder, config: LlamaConfig, params: Mapping[str, Any]) -> None:
@@ -191,30 +194,6 @@ def _plan_shards(params: Mapping[str, Any], shard_bytes: int) -> list[list[str]]
 def _to_host(path: str, leaf: Any) -> np.ndarray:
     array = np.asarray(leaf)
     return array.T if path.endswith("/kernel") else array
-
-
-@contextlib.contextmanager
-def _new_folder(folder) -> Iterator[pathlib.Path]:
-    """Yields a temporary sibling folder, renamed to `folder` on success and deleted on failure."""
-    folder = pathlib.Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise CheckpointError(folder, "a new or empty folder", "files", "choose another folder or clear it")
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        sync(temporary)
-        if folder.exists():
-            folder.rmdir()
-        os.replace(temporary, folder)
-        sync(folder.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    sync(path)
 
 
 def load_tokenizer(folder) -> tokenizers.Tokenizer:
