@@ -78,7 +78,8 @@ def _epoch(loss, optimizer, state, frozen, data, epoch):
     def step(carry, batch):
         trainable, opt = carry
         value, grads = jax.value_and_grad(loss)(trainable, frozen, batch)
-        updates, opt = optimizer.update(grads, opt, trainable)
+        with jax.numpy_dtype_promotion("standard"):  # optax multiplies its integer step count with floats
+            updates, opt = optimizer.update(grads, opt, trainable)
         return (optax.apply_updates(trainable, updates), opt), value
 
     trainable, opt, losses = state
