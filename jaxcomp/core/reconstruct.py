@@ -58,6 +58,7 @@ def reconstruct(
         raise ValueError(
             f"data must hold arrays with the same positive number of steps in front, found {sorted(steps)}"
         )
+    trainable = jax.tree.map(lambda x: jnp.asarray(x, x.dtype), trainable)  # drops weak types: one compilation
     state = (trainable, optimizer.init(trainable), jnp.full((epochs,), jnp.nan, jnp.float32))
     with _Checkpoints(checkpoint_dir) as manager:
         first = 0
