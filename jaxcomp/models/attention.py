@@ -8,16 +8,16 @@ from jaxtyping import Array, Bool, Float, Int
 
 
 def dot_product_attention(
-    query: Float[Array, "*B T H D"],
-    key: Float[Array, "*B S K D"],
-    value: Float[Array, "*B S K D"],
+    query: Float[Array, "*B T H d"],
+    key: Float[Array, "*B S K d"],
+    value: Float[Array, "*B S K d"],
     bias: Float[Array, "..."] | None = None,
-    mask: Bool[Array, "..."] | None = None,
+    mask: Bool[Array, "..."] | Float[Array, "..."] | None = None,
     *,
     softcap: float | None = None,
     **unused: object,
-) -> Float[Array, "*B T H D"]:
-    """Softmax attention, scores divided by sqrt(D); H query heads share K key heads without copying them.
+) -> Float[Array, "*B T H d"]:
+    """Softmax attention, scores divided by sqrt(d); H query heads share K key heads without copying them.
 
     A drop-in for `flax.linen.dot_product_attention`: `bias` and `mask` (True is visible) broadcast to
     [*B, H, T, S]. Scores and softmax are float32; `softcap` c bounds scores by c * tanh(score / c) before the
@@ -75,8 +75,8 @@ class KVCache(NamedTuple):
     Writing past S slots is the caller's error: the last slots are overwritten.
     """
 
-    key: Float[Array, "L B S K D"]
-    value: Float[Array, "L B S K D"]
+    key: Float[Array, "L B S K d"]
+    value: Float[Array, "L B S K d"]
     segments: Int[Array, "B S"]
     length: Int[Array, ""]
 

@@ -15,7 +15,7 @@ from jaxcomp.models.rope import inverse_frequencies, rotate
 
 _INIT = nn.initializers.normal(0.02)
 _GLOBAL_WINDOW = np.iinfo(np.int32).max
-KeyValue = tuple[Float[Array, "L B S K D"], Float[Array, "L B S K D"]]
+KeyValue = tuple[Float[Array, "L B S K d"], Float[Array, "L B S K d"]]
 
 
 class Layer(NamedTuple):
@@ -23,7 +23,7 @@ class Layer(NamedTuple):
 
     index: Int[Array, ""]
     window: Int[Array, ""]
-    inv_freq: Float[Array, "D/2"]
+    inv_freq: Float[Array, "d/2"]
     amplitude: Float[Array, ""]
 
 
@@ -111,12 +111,12 @@ class Attention(nn.Module):
         return self.o(out.reshape(*x.shape[:2], -1)), kv
 
 
-def _write(old: Float[Array, "L B S K D"], new: Float[Array, "B T K D"], layer: Array, start: Array) -> Array:
+def _write(old: Float[Array, "L B S K d"], new: Float[Array, "B T K d"], layer: Array, start: Array) -> Array:
     zero = jnp.zeros_like(start)
     return jax.lax.dynamic_update_slice(old, new.astype(old.dtype)[None], (layer, zero, start, zero, zero))
 
 
-def _read(old: Float[Array, "L B S K D"], layer: Array) -> Float[Array, "B S K D"]:
+def _read(old: Float[Array, "L B S K d"], layer: Array) -> Float[Array, "B S K d"]:
     return jax.lax.dynamic_index_in_dim(old, layer, keepdims=False)
 
 
@@ -174,7 +174,7 @@ class Block(nn.Module):
 class Llama(nn.Module):
     """Decoder-only language model; see `LlamaConfig` for the families.
 
-    `attention_fn(query[B,T,H,D], key[B,S,K,D], value, mask=bool[B|1,1,T,S])` divides scores by sqrt(D), as
+    `attention_fn(query[B,T,H,d], key[B,S,K,d], value, mask=bool[B|1,1,T,S])` divides scores by sqrt(d), as
     Flax's own does, and gets `softcap` too when the config has one. `scan_layers`: one "blocks" subtree with
     a leading layer axis, compiled once. `remat`: recompute each block in the backward pass. `dtype` is that
     of activations, `param_dtype` that of new parameters.
@@ -208,7 +208,7 @@ class Llama(nn.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
         last_only: bool = False,
-    ) -> Float[Array, "B T V"] | tuple[Float[Array, "B T V"], KVCache]:
+    ) -> Float[Array, "B _ V"] | tuple[Float[Array, "B _ V"], KVCache]:
         """Next-token logits, float32; with a cache the tokens continue it and (logits, cache) is returned.
 
         `segment_ids`: tokens see only their own segment (packed documents, or a 0/1 padding mask), default 1.

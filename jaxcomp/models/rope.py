@@ -107,12 +107,12 @@ def _yarn_kept(rope: Rope, plain: np.ndarray) -> np.ndarray:
 
 
 def rotate(
-    x: Float[Array, "B T H D"],
+    x: Float[Array, "B T H d"],
     positions: Int[Array, "#B T"],
-    inv_freq: Float[Array, "D/2"],
+    inv_freq: Float[Array, "d/2"],
     amplitude: Float[Array, ""],
-) -> Float[Array, "B T H D"]:
-    """Turns the pairs (i, i + D/2) of every head by position * inv_freq, in float32; returns x.dtype."""
+) -> Float[Array, "B T H d"]:
+    """Turns the pairs (i, i + d/2) of every head by position * inv_freq, in float32; returns x.dtype."""
     angle = positions[:, :, None, None].astype(jnp.float32) * inv_freq[None, None, None, :]
     cos, sin = jnp.cos(angle) * amplitude, jnp.sin(angle) * amplitude
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)

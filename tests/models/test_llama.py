@@ -36,7 +36,7 @@ CONFIGS = {
         sliding_window=4,
         layer_types=("sliding_attention", "full_attention"),
         logit_softcap=3.0,
-        query_pre_attn_scalar=12,
+        query_pre_attn_scalar=12.0,
         tie_embeddings=True,
     ),
 }
