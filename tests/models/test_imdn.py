@@ -1,0 +1,91 @@
+"""The simplified IMDN of NTIRE 2022 against a PyTorch module written from its description."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxcomp.io.safetensors import save_safetensors
+from jaxcomp.io.super_resolution import load_super_resolver, param_shapes
+from jaxcomp.models.imdn import IMDN
+
+
+def torch_imdn():
+    """The network in PyTorch, tensors named as the challenge publishes them."""
+    torch = pytest.importorskip("torch")
+    nn, F = torch.nn, torch.nn.functional
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv1 = nn.Sequential(nn.Conv2d(64, 64, 3, padding=1), nn.LeakyReLU(0.05))
+            self.conv2 = nn.Sequential(nn.Conv2d(48, 64, 3, padding=1), nn.LeakyReLU(0.05))
+            self.conv3 = nn.Sequential(nn.Conv2d(48, 64, 3, padding=1), nn.LeakyReLU(0.05))
+            self.conv4, self.conv1x1 = nn.Conv2d(48, 16, 3, padding=1), nn.Conv2d(64, 64, 1)
+
+        def forward(self, x):
+            d1, r1 = torch.split(self.conv1(x), (16, 48), dim=1)
+            d2, r2 = torch.split(self.conv2(r1), (16, 48), dim=1)
+            d3, r3 = torch.split(self.conv3(r2), (16, 48), dim=1)
+            return x + self.conv1x1(torch.cat([d1, d2, d3, self.conv4(r3)], dim=1))
+
+    class Skip(nn.Module):
+        def __init__(self, *modules):
+            super().__init__()
+            self.sub = nn.Sequential(*modules)
+
+        def forward(self, x):
+            return x + self.sub(x)
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            trunk = Skip(*(Block() for _ in range(8)), nn.Conv2d(64, 64, 3, padding=1))
+            self.model = nn.Sequential(nn.Conv2d(3, 64, 3, padding=1), trunk, nn.Conv2d(64, 48, 3, padding=1))
+
+        def forward(self, x):
+            return F.pixel_shuffle(self.model(x), 4)
+
+    torch.manual_seed(0)
+    return Network().eval()
+
+
+def compare(network, path):
+    """Largest difference on the scale of [0, 255]."""
+    import safetensors.torch
+    import torch
+
+    image = np.random.default_rng(0).uniform(0, 1, (1, 19, 14, 3)).astype(np.float32)
+    network.load_state_dict(safetensors.torch.load_file(path))
+    model, params = load_super_resolver("imdn_ntire_x4", path)
+    with torch.no_grad():
+        expected = network(torch.from_numpy(image).permute(0, 3, 1, 2)).permute(0, 2, 3, 1).numpy()
+    found = np.asarray(jax.jit(model.apply)({"params": params}, image))
+    assert found.shape == (1, 76, 56, 3) and np.ptp(expected) > 0.1
+    return 255 * np.abs(found - expected).max()
+
+
+def test_parameters():
+    assert sum(leaf.size for leaf in jax.tree.leaves(param_shapes(IMDN()))) == 893_936
+
+
+def test_equals_pytorch(tmp_path):
+    network = torch_imdn()
+    weights = {key: value.numpy() for key, value in network.state_dict().items()}
+    save_safetensors(tmp_path / "w.safetensors", weights)
+    assert compare(network, tmp_path / "w.safetensors") < 1e-3
+
+
+def test_published_weights_equal_pytorch(data_dir):
+    assert compare(torch_imdn(), data_dir / "sr" / "weights" / "ntire2022_imdn_baseline.safetensors") < 1e-3
+
+
+def test_receptive_radius_is_reached_and_not_exceeded():
+    model = IMDN(channels=8, num_blocks=1, scale=1)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 31, 31, 3)), jnp.float32)
+    shapes = param_shapes(model)
+    rng = np.random.default_rng(1)
+    params = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.5, leaf.shape), leaf.dtype), shapes)
+    apply = lambda x: model.apply({"params": params}, x)
+    moved = np.argwhere(np.any(apply(x) != apply(x.at[0, 15, 15].add(1.0)), axis=(0, 3)))
+    assert np.abs(moved - 15).max() == model.receptive_radius == 7
