@@ -13,6 +13,7 @@ from jaxcomp.core.apply import compressed, explain
 from jaxcomp.core.calibrate import Calibration
 from jaxcomp.core.leaf import is_compressed, materialise, materialise_tree, nbytes
 from jaxcomp.core.reconstruct import reconstruct
+from jaxcomp.core.report import report
 from jaxcomp.core.rules import Rule
 from jaxcomp.core.transform import (
     Transform,
@@ -44,6 +45,7 @@ __all__ = [
     "nbytes",
     "quantize",
     "reconstruct",
+    "report",
     "sparsify",
     "stateless",
     "wrap_optax",
