@@ -171,6 +171,10 @@ def _svg(draw, width: float, height: float) -> str:
     return out.getvalue()[out.getvalue().index("<svg") :]
 
 
+def _short(name: str, most: int = 32) -> str:
+    return name if len(name) <= most else "…" + name[1 - most :]
+
+
 def _bars_svg(items: Sequence[Mapping[str, Any]]) -> str:
     def bars(axes):
         values = np.array([item["value"] for item in items], float)
@@ -179,7 +183,7 @@ def _bars_svg(items: Sequence[Mapping[str, Any]]) -> str:
         spread = np.maximum([values - low, high - values], 0)
         colours = [_BEFORE, *[_AFTER] * (len(items) - 1)]
         axes.barh(place, values, 0.6, color=colours, xerr=spread, error_kw={"ecolor": _INK, "capsize": 3, "lw": 1})
-        axes.set_yticks(place, [str(item["name"]) for item in items])
+        axes.set_yticks(place, [_short(str(item["name"])) for item in items])
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
         axes.set_xlim(0, high.max() * 1.18)
@@ -200,7 +204,7 @@ def _bytes_svg(leaves: Sequence[LeafChange], most: int = 60) -> str:
         place, values = np.arange(len(sizes)), np.array(list(sizes.values()))
         axes.bar(place - 0.2, values[:, 0], 0.4, color=_BEFORE, label="before")
         axes.bar(place + 0.2, values[:, 1], 0.4, color=_AFTER, label="after")
-        axes.set_xticks(place, list(sizes), fontsize=8, rotation=90)
+        axes.set_xticks(place, list(map(_short, sizes)), fontsize=8, rotation=90)
         axes.set_xlim(-0.7, len(sizes) - 0.3)
         axes.grid(axis="x", visible=False)
         axes.set_ylabel("KiB")
@@ -214,7 +218,7 @@ def _sqnr_svg(grid: Grid) -> str:
         for i, (matrix, blocks) in enumerate(grid.items()):
             x = sorted(blocks)
             style = {"color": _SERIES[i % len(_SERIES)], "ls": "-" if i < len(_SERIES) else "--"}
-            axes.plot(x, [blocks[b].sqnr_db for b in x], marker="o", ms=4, lw=1.5, label=matrix, **style)
+            axes.plot(x, [blocks[b].sqnr_db for b in x], marker="o", ms=4, lw=1.5, label=_short(matrix), **style)
         axes.set_xlabel("block")
         axes.set_ylabel("SQNR (dB)")
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -229,15 +233,19 @@ def _heat_svg(grid: Grid) -> str:
     errors = np.array([[value(m, b) for m in matrices] for b in blocks])
 
     def heat_map(axes):
-        image = axes.imshow(errors, cmap="Blues", aspect="auto")
-        axes.figure.colorbar(image, ax=axes, label="relative error").outline.set_visible(False)
-        axes.set_xticks(range(len(matrices)), matrices, rotation=35, ha="right")
-        axes.set_yticks(range(len(blocks)), blocks) if len(blocks) <= 16 else None
+        cells = axes.pcolormesh(errors, cmap="Blues", edgecolors="white", linewidth=1)
+        axes.invert_yaxis()
+        bar = axes.figure.colorbar(cells, ax=axes, label="relative error")
+        bar.outline.set_visible(False)
+        bar.solids.set_rasterized(False)
+        axes.set_xticks(np.arange(len(matrices)) + 0.5, list(map(_short, matrices)), rotation=35, ha="right")
+        shown = slice(None, None, 1 + len(blocks) // 17)
+        axes.set_yticks(np.arange(len(blocks))[shown] + 0.5, blocks[shown])
         axes.set_ylabel("block")
         axes.grid(visible=False)
         if errors.size <= 120:
             for (y, x), error in np.ndenumerate(errors):
-                colour = "white" if image.norm(error) > 0.6 else _INK
-                axes.text(x, y, f"{error:.3f}", ha="center", va="center", fontsize=8, color=colour)
+                colour = "white" if cells.norm(error) > 0.6 else _INK
+                axes.text(x + 0.5, y + 0.5, f"{error:.3f}", ha="center", va="center", fontsize=8, color=colour)
 
     return _svg(heat_map, 5.2, min(6.0, 1.6 + 0.3 * len(blocks)))
