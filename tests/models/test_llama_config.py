@@ -68,5 +68,8 @@ def test_from_hf_reads_published_defaults():
     assert gemma.rope == Rope(1e6, "linear", 8.0) and gemma.local_rope == Rope(1e4)
     qwen = LlamaConfig.from_hf(sizes | dict(model_type="qwen2", num_key_value_heads=4, sliding_window=9))
     assert qwen.windows == (None,) * 7
+    sliding = dict(use_sliding_window=True, sliding_window=9, max_window_layers=5)
+    qwen = LlamaConfig.from_hf(sizes | dict(model_type="qwen2", num_key_value_heads=4) | sliding)
+    assert qwen.windows == (None,) * 5 + (9, 9)
     llama = LlamaConfig.from_hf(sizes | dict(model_type="llama", rope_theta=5e5, eos_token_id=[1, 2]))
     assert llama.rope == Rope(5e5) and llama.eos_token_id == (1, 2) and llama.num_kv_heads == 4

@@ -31,7 +31,7 @@ LLAMA3 = dict(
     high_freq_factor=4.0,
     original_max_position_embeddings=32,
 )
-YARN = dict(rope_type="yarn", rope_theta=500.0, factor=4.0, original_max_position_embeddings=32)
+YARN = dict(rope_type="yarn", rope_theta=500.0, factor=4.0, original_max_position_embeddings=1024)
 GEMMA = dict(head_dim=16, sliding_window=5, query_pre_attn_scalar=24, final_logit_softcapping=7.0)
 ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention"]
 GEMMA3_ROPE = dict(
@@ -43,7 +43,7 @@ FAMILIES = {
     "llama2-biased": ("Llama", dict(attention_bias=True, mlp_bias=True)),
     "llama3": ("Llama", dict(rope_parameters=LLAMA3, head_dim=16)),
     "llama-linear": ("Llama", dict(rope_parameters=dict(rope_type="linear", factor=2.0, rope_theta=500.0))),
-    "llama-yarn": ("Llama", dict(rope_parameters=YARN)),
+    "llama-yarn": ("Llama", dict(rope_parameters=YARN, max_position_embeddings=4096)),
     "mistral": ("Mistral", dict(sliding_window=5)),
     "qwen2": ("Qwen2", dict(use_sliding_window=True, sliding_window=5, max_window_layers=1)),
     "qwen3": ("Qwen3", dict(head_dim=16, tie_word_embeddings=True)),
@@ -59,7 +59,7 @@ def reference(request):
     name, options = FAMILIES[request.param]
     config_class = getattr(transformers, f"{name}{'Text' if name == 'Gemma3' else ''}Config")
     torch.manual_seed(0)
-    model = getattr(transformers, f"{name}ForCausalLM")(config_class(**SIZES, **options)).eval()
+    model = getattr(transformers, f"{name}ForCausalLM")(config_class(**SIZES | options)).eval()
     for key, parameter in model.named_parameters():
         if "norm" in key or "bias" in key:
             torch.nn.init.normal_(parameter, std=0.3)
