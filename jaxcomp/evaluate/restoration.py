@@ -7,12 +7,17 @@ differ by 1.3 to 2.5 dB: never compare across them. Both are taken from uint8 im
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable
-from typing import Literal
+from typing import Any, Literal
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Array, Float, UInt, UInt8
 
+from jaxcomp.core.apply import compressed
 from jaxcomp.core.progress import track
+from jaxcomp.core.tiling import tiled
+from jaxcomp.models.sr_blocks import SuperResolver
 
 Channel = Literal["y", "rgb"]
 Image = UInt8[np.ndarray, "H W 3"]
@@ -133,3 +138,33 @@ def restoration(
         psnrs[name] = psnr(restored, high, border=border, channel=channel)
         ssims[name] = ssim(restored, high, border=border, channel=channel)
     return Restoration(channel, border, psnrs, ssims)
+
+
+def restorer(
+    model: SuperResolver, params: Any, *, tile: int | None = None, overlap: int = 32
+) -> Callable[[UInt[np.ndarray, "H W 3"]], UInt[np.ndarray, "s*H s*W 3"]]:
+    """The network as a function of uint8 or uint16 images; `params` may hold compressed leaves.
+
+    Images below the network's smallest size are filled by their edge pixels. `tile`: see `core.tiling.tiled`; without
+    it the image is passed whole, and every image size is compiled.
+    """
+
+    @jax.jit
+    def run(params, image: UInt[Array, "1 H W 3"]) -> UInt[Array, "1 s*H s*W 3"]:
+        levels = jnp.iinfo(image.dtype).max
+        x = image.astype(jnp.float32) * (model.data_range / levels)
+        y = compressed(model.apply)({"params": params}, x) * (levels / model.data_range)
+        return jnp.round(jnp.clip(y, 0, levels)).astype(image.dtype)
+
+    def restore(image: np.ndarray) -> np.ndarray:
+        height, width = image.shape[:2]
+        fill = [(0, max(0, model.min_size - size)) for size in (height, width)]
+        padded = np.pad(image, (*fill, (0, 0)), mode="edge")
+        part = functools.partial(run, params)
+        if tile is None:
+            result = np.asarray(part(padded[None]))[0]
+        else:
+            result = tiled(part, padded, scale=model.scale, tile=tile, overlap=overlap, multiple=model.multiple)
+        return result[: height * model.scale, : width * model.scale]
+
+    return restore
