@@ -25,12 +25,8 @@ from jaxcomp.io.files import CheckpointError
 PACKED, INTEGER = "pack-quantized", "int-quantized"
 _FLOATS = ("float32", "bfloat16", "float16")
 _DEFAULTS = {"type": "int", "symmetric": True, "group_size": None, "strategy": None, "dynamic": False, "num_bits": 8}
-_IGNORED = (
-    "observer",
-    "observer_kwargs",
-    "scale_dtype",
-    "zp_dtype",
-)  # they tell how scales were found, not what they are
+# Options that tell how scales were found, not what they are.
+_IGNORED = ("observer", "observer_kwargs", "scale_dtype", "zp_dtype")
 
 Take = Callable[[str, tuple[str, ...], tuple[int, ...]], np.ndarray]  # (name, dtypes, shape) -> checked tensor
 
@@ -176,11 +172,9 @@ def _parse(found: object) -> dict[str, Any]:
     """Quantization arguments with their defaults, all types checked."""
     if not isinstance(found, dict):
         raise ValueError(f"expected quantization arguments, found {found!r}")
-    extra = {
-        name: value for name, value in found.items() if name not in _DEFAULTS and value not in (None, {}, "static")
-    }
-    if extra := {name: value for name, value in extra.items() if name not in _IGNORED and value != "weight"}:
-        raise ValueError(f"options without meaning for integer matrices: {extra}")
+    extra = {name: value for name, value in found.items() if name not in (*_DEFAULTS, *_IGNORED) and value is not None}
+    if extra and extra not in ({"actorder": "weight"}, {"actorder": "static"}):  # the order in which codes were found
+        raise ValueError(f"expected no options but {sorted(_DEFAULTS)}, found {extra}")
     result = _DEFAULTS | {name: found[name] for name in _DEFAULTS if name in found}
     size = result["group_size"]
     if result["strategy"] is None:
