@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from jaxcomp.core.rules import Rule, resolve
 from jaxcomp.formats import ActivationQuantizer, FakeQuantizedArray, Grid, Layout, MaskedArray, QuantizedArray
 from jaxcomp.formats.grid import qparams
 
+GRAM_BYTES = 1 << 30  # Gram matrices that a method asks of one pass over the data
 KERNELS = (Rule("re:.*/?kernel(/value)?"),)  # Flax's name for the weights of Dense, DenseGeneral, Conv and attention
 
 
@@ -72,6 +74,12 @@ class Target:
     scheme: Scheme
     dtype: Any
 
+    @property
+    def gram_bytes(self) -> int:
+        """Bytes of the Gram matrices [*batch, K, K] of its inputs, float32."""
+        *batch, _, k = self.matrix.shape
+        return math.prod(batch) * k * k * 4
+
     def rounded(self, matrix: jax.Array | None = None) -> QuantizedArray:
         """Round-to-nearest of the matrix, or of a given one, on its own min-max grid."""
         matrix = self.matrix if matrix is None else matrix
@@ -89,7 +97,7 @@ _encode = jax.jit(QuantizedArray.encode, static_argnums=(5, 7))
 
 
 def targets(params: Any, rules: Sequence[Rule], defaults: Mapping[str, Any], stats: Any = None) -> list[Target]:
-    """The leaves that `rules` select, as float32 matrices with their schemes, in tree order.
+    """The leaves that `rules` select, as float32 matrices with their schemes, in the order of use (tree order without `stats`).
 
     Dense arrays, masked and fake-quantized leaves can be quantized; leaves that are quantized or frozen already are passed over.
 
@@ -106,15 +114,36 @@ def targets(params: Any, rules: Sequence[Rule], defaults: Mapping[str, Any], sta
     leaves = leaves_with_paths(params)
     chosen = resolve(rules, leaves)
     usage = stats.usage(params) if stats is not None else {}
+    rank = {path: i for i, path in enumerate(usage)}
     out = []
-    for path, options in chosen.items():
-        leaf = leaves[path]
+    for path in sorted(chosen, key=lambda p: rank.get(p, len(rank))):
+        leaf, options = leaves[path], chosen[path]
         if is_compressed(leaf) and not isinstance(leaf, MaskedArray | FakeQuantizedArray):
             continue
         scheme = _scheme(path, {**defaults, **options})
         if len(leaf.shape) >= 2 and scheme.bits < 16:
             out.append(_target(path, leaf, scheme, usage.get(path)))
     return out
+
+
+def need_data(stats: Any, method: str) -> None:
+    """Raises ValueError if a method that needs calibration data got none."""
+    if stats is None:
+        raise ValueError(
+            f"{method} needs calibration data; call compress({method}(...), params, Calibration(apply, batches))"
+        )
+
+
+def in_passes(items: Sequence[Any], target: Callable[[Any], Target]) -> Iterator[list[Any]]:
+    """Runs of items whose targets' Gram matrices fit `GRAM_BYTES` (at least one item each): each is one pass over the data."""
+    run: list[Any] = []
+    for item in items:
+        if run and sum(target(i).gram_bytes for i in [*run, item]) > GRAM_BYTES:
+            yield run
+            run = []
+        run.append(item)
+    if run:
+        yield run
 
 
 def _scheme(path: str, options: Mapping[str, Any]) -> Scheme:
