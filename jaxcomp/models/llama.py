@@ -130,12 +130,8 @@ class MLP(nn.Module):
     def setup(self):
         """Declares the submodules."""
         c = self.config
-        for name, features in (
-            ("gate", c.intermediate_size),
-            ("up", c.intermediate_size),
-            ("down", c.hidden_size),
-        ):
-            setattr(self, name, nn.Dense(features, c.mlp_bias, self.dtype, self.param_dtype, kernel_init=_INIT))
+        dense = lambda features: nn.Dense(features, c.mlp_bias, self.dtype, self.param_dtype, kernel_init=_INIT)
+        self.gate, self.up, self.down = dense(c.intermediate_size), dense(c.intermediate_size), dense(c.hidden_size)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Applies the layer to every token."""
