@@ -239,6 +239,7 @@ def assert_old_or_new(folder) -> int:
 
 def kill_at_events(tmp_path, chosen) -> list[int]:
     """The step found after a kill at each of the chosen events of a save of step 2 over step 1."""
+    orbax.save(tmp_path / "probe", small(1), {"step": 1})
     total = int(run_child(tmp_path / "probe", 0).stdout.split()[-1])
     steps = []
     for fatal in chosen(total):
