@@ -65,11 +65,16 @@ def read_rgb(path) -> UInt[np.ndarray, "H W 3"]:
     return picture.rgb
 
 
-def write_image(path, picture: Picture) -> None:
-    """Writes a PNG, atomically; raises `ImageError` for another suffix, a missing folder or 16-bit colour."""
+def check_png(path) -> None:
+    """Raises `ImageError` unless the path is that of a PNG in an existing folder."""
     path = pathlib.Path(path)
     if path.suffix.lower() != ".png" or not path.parent.is_dir():
         raise ImageError(path, "a .png file in an existing folder", "another path", "choose another output path")
+
+
+def write_image(path, picture: Picture) -> None:
+    """Writes a PNG, atomically; raises `ImageError` as `check_png`, and for 16-bit colour."""
+    check_png(path)
     if picture.rgb.dtype == np.uint16 and not (picture.grey and picture.alpha is None):
         raise ImageError(path, "8 bits, or 16 bits of grey", "16 bits of colour", "convert it to 8 bits")
     with replacing(path) as temporary:

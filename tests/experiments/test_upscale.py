@@ -1,0 +1,127 @@
+"""Every kind of image goes through the network or is refused before anything is written."""
+
+import numpy as np
+import PIL.Image
+import pytest
+from flax.traverse_util import flatten_dict
+
+from experiments.upscale import Job, bicubic, describe, tiling_note, upscale
+from jaxcomp.data.bicubic import imresize
+from jaxcomp.data.images import ImageError, Picture, read_image, write_image
+from jaxcomp.io.files import CheckpointError
+from jaxcomp.io.safetensors import save_safetensors
+from jaxcomp.io.super_resolution import PUBLISHED, param_shapes
+from jaxcomp.io.torch_layout import torch_name
+from jaxcomp.models.imdn import IMDN
+from jaxcomp.models.rlfn import RLFN
+
+RNG = np.random.default_rng(0)
+RGB = RNG.integers(0, 256, (18, 21, 3), dtype=np.uint8)
+GREY = np.repeat(RGB[..., :1], 3, axis=-1)
+MODEL = "rlfn_ntire_x4"
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """Random tensors of the smallest network, as it is published."""
+    path = tmp_path_factory.mktemp("weights") / "w.safetensors"
+    model, (names, _) = PUBLISHED[MODEL].model(), PUBLISHED[MODEL].names
+    axes = {1: (0,), 4: (3, 2, 0, 1)}
+    tensors = {
+        torch_name(param, names): RNG.normal(0, 0.08, [leaf.shape[axis] for axis in axes[leaf.ndim]]).astype(np.float32)
+        for param, leaf in flatten_dict(param_shapes(model), sep="/").items()
+    }
+    save_safetensors(path, tensors)
+    return path
+
+
+def job(tmp_path, weights, name="a.png", **options):
+    return Job(tmp_path / name, MODEL, weights, tmp_path / "out.png", **options)
+
+
+@pytest.mark.parametrize(
+    "picture, kind",
+    [
+        (Picture(RGB), "84 x 72, RGB, 8 bits"),
+        (Picture(RGB, RGB[..., 0]), "84 x 72, RGB with alpha, 8 bits"),
+        (Picture(GREY, None, grey=True), "84 x 72, grey, 8 bits"),
+        (Picture(GREY, RGB[..., 1], grey=True), "84 x 72, grey with alpha, 8 bits"),
+        (Picture(GREY.astype(np.uint16) * 257, None, grey=True), "84 x 72, grey, 16 bits"),
+        (Picture(RGB[:1, :1]), "4 x 4, RGB, 8 bits"),
+    ],
+)
+def test_kinds_of_images_keep_their_kind(tmp_path, weights, picture, kind):
+    write_image(tmp_path / "a.png", picture)
+    facts = upscale(job(tmp_path, weights))
+    found = read_image(tmp_path / "out.png")
+    assert describe(found) == kind and facts["result"] == f"out.png, {kind}"
+    if picture.alpha is not None:
+        np.testing.assert_array_equal(found.alpha, np.asarray(imresize(picture.alpha[..., None], 4))[..., 0])
+    text = (tmp_path / "out.html").read_text(encoding="utf-8")
+    assert text.count("<img") == 2 and text.count("data:image/png;base64,") == 2 and "317,218 parameters" in text
+
+
+def test_reference_is_scored_and_shown(tmp_path, weights):
+    write_image(tmp_path / "a.png", Picture(RGB))
+    write_image(tmp_path / "r.png", Picture(np.asarray(imresize(RGB, 4))))
+    facts = upscale(job(tmp_path, weights, reference=tmp_path / "r.png"))
+    assert facts["bicubic"] == "PSNR inf dB, SSIM 1.0000" and float(facts[MODEL].split()[1]) < 40
+    assert facts["convention"] == "Y of BT.601 studio range, uint8, border 4 px shaved"
+    assert (tmp_path / "out.html").read_text(encoding="utf-8").count("<img") == 3
+
+
+def test_file_names_cannot_inject_markup(tmp_path, weights):
+    write_image(tmp_path / "<b>&.png", Picture(RGB))
+    upscale(job(tmp_path, weights, "<b>&.png"))
+    assert "&lt;b&gt;&amp;.png" in (tmp_path / "out.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (lambda path: None, "found nothing"),
+        (lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n broken"), "undamaged image"),
+        (lambda path: PIL.Image.new("F", (20, 20)).save(path, format="TIFF"), "mode F"),
+        (lambda path: PIL.Image.new("RGB", (100, 100)).save(path), "at most 9999 pixels"),
+    ],
+)
+def test_unusable_images_are_refused_and_nothing_is_written(tmp_path, weights, make, words):
+    make(tmp_path / "a.png")
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(ImageError, match=words):
+        upscale(job(tmp_path, weights, max_pixels=9999))
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_unusable_weights_reference_and_output_are_refused(tmp_path, weights):
+    write_image(tmp_path / "a.png", Picture(RGB))
+    write_image(tmp_path / "r.png", Picture(RGB))
+    with pytest.raises(CheckpointError, match="pickled"):
+        upscale(job(tmp_path, tmp_path / "w.pth"))
+    with pytest.raises(ImageError, match="expected 84 x 72 pixels, found 21 x 18 pixels; crop it to 4 times"):
+        upscale(job(tmp_path, weights, reference=tmp_path / "r.png"))
+    with pytest.raises(ImageError, match=r"a \.png file in an existing folder"):
+        upscale(job(tmp_path, weights)._replace(out=tmp_path / "out.jpg"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "r.png"]
+
+
+def test_bicubic_in_tiles_is_exact():
+    image = RNG.integers(0, 256, (530, 7, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(bicubic(image, 2), imresize(image, 2))
+
+
+def test_tiles_are_described_as_what_they_are(tmp_path):
+    described = lambda model, size, **options: tiling_note(model, (size, size, 3), job(tmp_path, tmp_path, **options))
+    assert described(RLFN(), 320) == "1: the whole image at once"
+    assert described(RLFN(), 321).startswith("4: an approximation, the network's attention")
+    assert described(IMDN(), 400, overlap=35) == "4: exact"
+    assert described(IMDN(), 400) == "4: an approximation; --overlap=35 would be exact"
+
+
+def test_published_network_on_a_real_image(tmp_path, data_dir):
+    folder = data_dir / "sr"
+    image, reference = (folder / "set5" / kind / "woman.png" for kind in ("LR_x4", "HR"))
+    out = tmp_path / "woman.png"
+    facts = upscale(Job(image, "rlfn_x4", folder / "weights" / "rlfn_x4.safetensors", out, reference))
+    psnr = {name: float(facts[name].split()[1]) for name in ("bicubic", "rlfn_x4")}
+    assert psnr["rlfn_x4"] == pytest.approx(30.72, abs=0.02) and psnr["bicubic"] == pytest.approx(26.47, abs=0.02)
