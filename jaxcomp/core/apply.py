@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 import quax
 from rich.console import Console
 from rich.table import Table
@@ -24,9 +26,32 @@ def compressed(fn: Callable) -> Callable:
     """`fn` (say `model.apply`), made to accept compressed leaves wherever it accepts arrays.
 
     Pair it with `jax.jit`: `jax.jit(compressed(model.apply))(params, x)`. Works under and over `jit`, `vmap`, `grad`, `scan`,
-    `remat` and meshes. A primitive without a rule for a leaf materialises that leaf; `explain` shows where.
+    `remat` and meshes; flags among the arguments (`train=True`) stay what they are. A primitive without a rule for a leaf
+    materialises that leaf; `explain` shows where.
     """
-    return quax.quaxify(fn)
+
+    @functools.wraps(fn)
+    def run(*args, **kwargs):
+        leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=_is_value)
+        dynamic = {
+            i: leaf for i, leaf in enumerate(leaves) if _is_value(leaf) or isinstance(leaf, jax.Array | np.ndarray)
+        }
+        structure = None
+
+        def flat(dynamic):  # pytrees with state (NNX variables) are put together and taken apart under quax's own trace
+            nonlocal structure
+            args, kwargs = jax.tree.unflatten(treedef, [dynamic.get(i, leaf) for i, leaf in enumerate(leaves)])
+            out, structure = jax.tree.flatten(fn(*args, **kwargs), is_leaf=_is_value)
+            return out
+
+        out = quax.quaxify(flat)(dynamic)
+        return jax.tree.unflatten(structure, out)
+
+    return run
+
+
+def _is_value(x: Any) -> bool:
+    return isinstance(x, quax.Value)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -100,3 +100,8 @@ def test_carried_leaf_is_materialised_and_said():
     seen = explain(fn, W, X)
     assert seen.materialised
     np.testing.assert_allclose(compressed(fn)(W, X), fn(W.materialise(), X), rtol=1e-4, atol=1e-5)
+
+
+def test_flags_among_the_arguments_stay_python_values():
+    fn = lambda w, x, train, scale=2.0, name="a": (x @ w) * (scale if train and name == "a" else 0.0)
+    np.testing.assert_allclose(compressed(fn)(W, X, True, scale=3.0), 3 * (X @ W.materialise()), rtol=1e-4, atol=1e-4)
