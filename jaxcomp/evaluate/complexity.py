@@ -99,7 +99,7 @@ def complexity(apply: Callable, params: Any, *args: Any) -> Complexity:
       ValueError: the model holds a `while` loop or a Pallas kernel, whose work cannot be read from a jaxpr.
     """
     size = sum(math.prod(leaf.shape) for leaf in leaves_with_paths(params).values())
-    return Complexity(params=size, **_tally(jax.make_jaxpr(apply)(params, *args).jaxpr))
+    return Complexity(params=size, **_tally(jax.make_jaxpr(apply)(params, *args)))
 
 
 def _tally(jaxpr: Any) -> Counter:
@@ -125,10 +125,8 @@ def _equation(eqn: Any) -> Counter:
 
 def _bodies(params: dict[str, Any]) -> Iterator[Any]:
     for value in params.values():
-        for item in value if isinstance(value, tuple | list) else (value,):
-            item = getattr(item, "jaxpr", item)  # closed or open
-            if hasattr(item, "eqns"):
-                yield item
+        items = value if isinstance(value, tuple | list) else (value,)
+        yield from (item for item in items if hasattr(item, "eqns"))  # closed or open
 
 
 def _size(variable: Any) -> int:
