@@ -6,6 +6,8 @@ codes fill exactly b words and a row ends after ceil(K b / 32) words. This is th
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, UInt8, UInt32
@@ -16,6 +18,7 @@ def packed_words(k: int, bits: int) -> int:
     return -(-k * bits // 32)
 
 
+@functools.partial(jax.jit, static_argnums=1, inline=True)
 def pack(codes: UInt8[Array, "*rows k"], bits: int) -> UInt32[Array, "*rows words"]:
     """Packs unsigned codes < 2**bits along the last axis.
 
@@ -36,6 +39,7 @@ def pack(codes: UInt8[Array, "*rows k"], bits: int) -> UInt32[Array, "*rows word
     return jnp.stack(words, -1).reshape(*rows, groups * bits)[..., : packed_words(k, bits)]
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2), inline=True)
 def unpack(words: UInt32[Array, "*rows words"], bits: int, k: int) -> UInt8[Array, "*rows k"]:
     """The inverse of `pack`; k is the number of codes of a row.
 
