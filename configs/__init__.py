@@ -1,1 +1,1 @@
-
+"""Experiment settings as plain Python: one file per setting."""

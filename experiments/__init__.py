@@ -1,1 +1,1 @@
-
+"""One script per story: settings in, a report or a result card out."""

@@ -1,1 +1,1 @@
-
+"""Settings of the language-model experiments."""

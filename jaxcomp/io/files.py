@@ -65,6 +65,7 @@ def replacing(path) -> Iterator[pathlib.Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
+        temporary.chmod(0o644)  # the safetensors library writes files that nobody else may read
         sync(temporary)
         os.replace(temporary, path)
         sync(path.parent)

@@ -22,9 +22,7 @@ DTYPES = [np.bool_, np.uint8, np.int16, np.uint32, np.int64, np.float16, np.floa
 DTYPES += [ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2]
 
 
-def raw_file(
-    path: pathlib.Path, header: object, data: bytes = b"", length: int | None = None
-) -> pathlib.Path:
+def raw_file(path: pathlib.Path, header: object, data: bytes = b"", length: int | None = None) -> pathlib.Path:
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     path.write_bytes((len(text) if length is None else length).to_bytes(8, "little") + text + data)
     return path
@@ -137,6 +135,11 @@ def test_save_is_atomic(tmp_path, monkeypatch):
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
+def test_saved_file_is_readable_by_others(tmp_path):
+    save_safetensors(tmp_path / "a.safetensors", {"x": np.zeros(2, np.float32)})
+    assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == 0o644
+
+
 def test_save_refuses_dtypes_the_format_lacks(tmp_path):
     with pytest.raises(CheckpointError, match="int4"):
         save_safetensors(tmp_path / "a.safetensors", {"x": np.zeros(2, ml_dtypes.int4)})
@@ -214,9 +217,7 @@ def test_malformed_index(tmp_path, index):
         open_sharded(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "name", ["../x.safetensors", "/etc/passwd", "sub/x", "..", "", "a\\b", "a\0b", "x" * 5000]
-)
+@pytest.mark.parametrize("name", ["../x.safetensors", "/etc/passwd", "sub/x", "..", "", "a\\b", "a\0b", "x" * 5000])
 def test_shard_outside_the_folder(tmp_path, name):
     save_safetensors(tmp_path / "x.safetensors", {"a": np.zeros(1)})
     (tmp_path / "model").mkdir()
