@@ -251,6 +251,7 @@ def main(argv) -> None:
 if __name__ == "__main__":
     try:
         define_flags()
-    except AttributeError as error:  # ml_collections: an override names no field of the config
-        sys.exit(f"compress_lm: unknown setting, {' '.join(str(error).split())}")
+    except AttributeError as error:  # ml_collections wraps a KeyError: an override names no field of the config
+        cause = error.args[0].args[0] if isinstance(error.args[0], KeyError) else error
+        sys.exit(f"compress_lm: unknown setting {' '.join(str(cause).split())}")
     app.run(main)

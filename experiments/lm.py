@@ -35,7 +35,7 @@ class LanguageModel:
       tokenizer: its tokenizer.
       module: the Linen module.
       apply: `(params, tokens) -> logits` of the plain model.
-      run: the same for trees with compressed leaves; on a mesh of several processes the logits come back to all of them.
+      run: the same for trees with compressed leaves; every process gets all logits.
       mesh: where it lives; None is the default device.
     """
 
@@ -53,8 +53,11 @@ def load_model(folder: str | None, settings: ConfigDict, mesh: Mesh | None = Non
 
     Raises:
       CheckpointError: a file is missing, damaged or of another architecture.
+      ValueError: there are several processes and no mesh.
     """
     folder = model_folder(folder)
+    if mesh is None and jax.process_count() > 1:
+        raise ValueError(f"{jax.process_count()} processes need a mesh over all their devices; pass --mesh")
     if not folder.is_dir():
         raise FileNotFoundError(
             f"{folder}: expected a folder with config.json and safetensors, found none; check --model"
@@ -67,7 +70,7 @@ def load_model(folder: str | None, settings: ConfigDict, mesh: Mesh | None = Non
         params = params if mesh is None else shard_params(params, mesh)
     module = Llama(config, dtype=jnp.dtype(settings.dtype), param_dtype=jnp.dtype(settings.dtype))
     apply = lambda params, tokens: module.apply({"params": params}, tokens)
-    run = compressed(apply) if mesh is None else replicate_outputs(compressed(apply), mesh)
+    run = compressed(apply) if jax.process_count() == 1 else replicate_outputs(compressed(apply), mesh)
     return LanguageModel(config, params, huggingface.load_tokenizer(folder), module, apply, run, mesh)
 
 
@@ -127,8 +130,14 @@ def load_text(lm: LanguageModel, settings: ConfigDict, texts: tuple[str, str]) -
     order = np.random.default_rng(settings.seed).permutation(len(calibration))
     count = min(settings.calibration_windows, len(calibration))
     count -= count % min(settings.batch_size, count)  # batches of one shape
-    evaluation = evaluation[: settings.evaluation_windows or None]
-    return Text(calibration[order[:count]], evaluation)
+    return Text(calibration[order[:count]], _spread(evaluation, settings.evaluation_windows))
+
+
+def _spread(windows: Int32[np.ndarray, "n length"], count: int) -> Int32[np.ndarray, "m length"]:
+    """`count` windows at even distances; all of them for 0 or more than there are."""
+    if not 0 < count < len(windows):
+        return windows
+    return windows[np.linspace(0, len(windows) - 1, count).round().astype(int)]
 
 
 def _windows(lm: LanguageModel, text: str, length: int, name: str) -> Int32[np.ndarray, "n length"]:
@@ -157,7 +166,8 @@ def score(lm: LanguageModel, params: Any, settings: ConfigDict, text: Text) -> P
     Raises:
       FloatingPointError: a window scored NaN or infinite.
     """
-    mesh = lm.mesh if lm.mesh is not None and "data" in lm.mesh.shape else None
+    splits = lm.mesh is not None and "data" in lm.mesh.shape and jax.process_count() == 1
+    mesh = lm.mesh if splits else None  # several processes split over `model` alone: each must read all scores
     result = perplexity(lm.run, params, text.evaluation, settings.batch_size, mesh=mesh)
     if not np.isfinite(result.nll).all():
         bad = int((~np.isfinite(result.nll)).sum())

@@ -10,7 +10,7 @@ def settings() -> dict[str, Any]:
         dtype="float32",  # of activations and of the params that stay dense
         context=256,  # tokens of a window, at most the model's
         calibration_windows=64,
-        evaluation_windows=0,  # 0: all windows of the text
+        evaluation_windows=0,  # evenly spread over the text; 0: all
         batch_size=16,
         outlier_channels=0,  # channels per norm that get large activations; the model's function stays the same
         outlier_factor=32.0,

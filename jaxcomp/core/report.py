@@ -104,7 +104,13 @@ class Report:
 
     def table(self) -> Table:
         """One row per changed leaf and the totals, for a rich console of 80 columns or more."""
-        table = Table(title=f"{self.ratio:.2f}x smaller", show_footer=True, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+        table = Table(
+            title=f"{self.ratio:.2f}x smaller",
+            show_footer=True,
+            box=box.SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
+            pad_edge=False,
+        )
         after, before = human_bytes(self.bytes_after), human_bytes(self.bytes_before)
         footer = (f"{len(self.leaves)} changed leaves", "", "", f"{self.bits_per_weight:.2f}", before, after, "", "")
         for i, (name, foot) in enumerate(zip(COLUMNS, footer, strict=True)):
