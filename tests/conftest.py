@@ -3,9 +3,12 @@
 import os
 import pathlib
 
-_XLA = ("--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0")  # compile fast, run once
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_XLA])
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_force_host_platform_device_count=8"
+    + " --xla_backend_optimization_level=0"  # most tests compile more than they compute
+)
 
 import jax
 import pytest
