@@ -1,0 +1,208 @@
+"""`arbitrary_bit_matmul`: the public function, and the choice of an implementation."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from pallas_kernels.arbitrary_bit_matmul import layouts, packing, reference, xla
+from pallas_kernels.arbitrary_bit_matmul.activation import ActivationCodes, quantize_activations
+from pallas_kernels.arbitrary_bit_matmul.layouts import Prepared
+from pallas_kernels.arbitrary_bit_matmul.spec import Backend, WeightSpec
+
+BACKENDS: dict[str, Backend] = {b.name: b for b in (xla.BACKEND,)}
+PREFERENCE = {"cpu": ("xla",), "tpu": ("xla",), "cuda": ("xla",)}
+
+
+class Choice(NamedTuple):
+    """Which implementation runs, and why the ones before it do not.
+
+    Attributes:
+      name: the implementation.
+      reasons: implementation -> why it was passed over.
+    """
+
+    name: str
+    reasons: dict[str, str]
+
+
+class _Static(NamedTuple):
+    spec: WeightSpec
+    act_bits: int | None
+    act_symmetric: bool
+    implementation: str | Sequence[str] | None
+
+
+def arbitrary_bit_matmul(
+    x: Float[Array, "*batch k"],
+    packed: jax.Array | Prepared,
+    scale: Float[Array, "n g"],
+    zero: jax.Array | None = None,
+    *,
+    bits: int,
+    levels: int = 0,
+    act_bits: int | None = None,
+    act_symmetric: bool = True,
+    implementation: str | Sequence[str] | None = None,
+) -> Float[Array, "*batch n"]:
+    """x W^T for W[n,k] = (u[n,k] - zero[n,g]) scale[n,g] with u of 1 to 8 bits; the dtype of x, float32 accumulation.
+
+    With `act_bits`, x is quantized per token and products are exact integers inside a group (ABQ-LLM, arXiv 2408.08554).
+    Gradients are those of the decoded weight, straight through the quantization of x.
+
+    Args:
+      x: activations [..., K].
+      packed: u as dense words uint32 [N, ceil(K bits / 32)] (see `packing`), or `prepare`d for an implementation.
+      scale: [N, G], each over K / G consecutive columns.
+      zero: zero points in codes, [N, G], integers or floats; None is levels // 2 (2^(bits-1) without levels).
+      bits: 1..8.
+      levels: codes in use, 0 for 2**bits; 5 with 3 bits is ABQ-LLM's W2*.
+      act_bits: bits of x, 1..8; None keeps x in floating point.
+      act_symmetric: whether activations have no zero point.
+      implementation: a name of `BACKENDS`, names in order of preference, or None for the platform's own order.
+
+    Raises:
+      ValueError: shapes, bits or levels do not fit together, or an implementation is unknown.
+      ExceptionGroup: every named implementation refused; one NotImplementedError each.
+    """
+    spec = weight_spec(packed, scale, zero, k=x.shape[-1], bits=bits, levels=levels)
+    static = _Static(spec, act_bits, act_symmetric, _hashable(implementation))
+    y = _float_matmul(x.reshape(-1, spec.k), packed, scale, zero, static)
+    return y.astype(x.dtype).reshape(*x.shape[:-1], spec.n)
+
+
+def code_matmul(
+    x: ActivationCodes,
+    packed: jax.Array | Prepared,
+    scale: Float[Array, "n g"],
+    zero: jax.Array | None = None,
+    *,
+    bits: int,
+    levels: int = 0,
+    implementation: str | Sequence[str] | None = None,
+) -> Float[Array, "m n"]:
+    """The same for activations that are quantized already, with their own scales and zero points; float32, no gradient."""
+    spec = weight_spec(packed, scale, zero, k=x.codes.shape[-1], bits=bits, levels=levels)
+    return _code_product(x, packed, scale, zero, spec, _hashable(implementation))
+
+
+def prepare(packed: jax.Array, *, k: int, groups: int, bits: int, levels: int = 0, implementation: str) -> Prepared:
+    """Dense words in the layout that an implementation reads; done once per weight, else every call does it."""
+    spec = WeightSpec(packed.shape[-2], k, groups, bits, levels)
+    layout = _backend(implementation).layout(spec)
+    return Prepared(layouts.convert(packed, layout, spec), layout)
+
+
+def choose(spec: WeightSpec, x: jax.Array | jax.ShapeDtypeStruct, packed, names: Sequence[str]) -> Choice:
+    """The first implementation that covers the problem. Raises ExceptionGroup where none does."""
+    reasons = {}
+    for name in names:
+        reason = _refusal(_backend(name), spec, x, packed)
+        if reason is None:
+            return Choice(name, reasons)
+        reasons[name] = reason
+    errors = [NotImplementedError(f"{name}: {reason}") for name, reason in reasons.items()]
+    raise ExceptionGroup(f"no implementation of {names} covers this product; implementation='xla' always does", errors)
+
+
+def weight_spec(packed, scale, zero, *, k: int, bits: int, levels: int = 0) -> WeightSpec:
+    """The static facts of a weight. Raises ValueError where arrays do not fit them."""
+    n, groups = scale.shape
+    spec = WeightSpec(n, k, groups, bits, levels)
+    if not isinstance(packed, Prepared):
+        want = (n, packing.dense_words(k, bits))
+        if packed.shape != want or packed.dtype != jnp.uint32:
+            raise ValueError(
+                f"packed: expected uint32 {want}, found {packed.dtype} {packed.shape}; see `packing.pack_dense`"
+            )
+    if zero is not None and zero.shape != scale.shape:
+        raise ValueError(f"zero: expected {scale.shape} like scale, found {zero.shape}")
+    return spec
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _float_matmul(x, packed, scale, zero, static: _Static):
+    if static.act_bits is None:
+        return _centred_product(x, packed, scale, zero, static.spec, static.implementation)
+    codes = quantize_activations(x, static.act_bits, static.act_symmetric)
+    return _code_product(codes, packed, scale, zero, static.spec, static.implementation)
+
+
+def _forward(x, packed, scale, zero, static):
+    return _float_matmul(x, packed, scale, zero, static), (x, packed, scale, zero)
+
+
+def _backward(static, residuals, dy):
+    """Gradients of the dense product with the decoded weight, in XLA; integer arguments have none."""
+    x, packed, scale, zero = residuals
+    codes = layouts.unpack(packed, static.spec)
+    full = jnp.float32(static.spec.centre) if zero is None else zero.astype(jnp.float32)
+    full = jnp.broadcast_to(full, scale.shape)
+    seen = x if static.act_bits is None else quantize_activations(x, static.act_bits, static.act_symmetric).values()
+    product = lambda x, scale, zero: reference.dense_product(x, codes, scale, zero)
+    _, pull = jax.vjp(product, seen.astype(jnp.float32), scale.astype(jnp.float32), full)
+    dx, dscale, dzero = pull(dy.astype(jnp.float32))
+    floating = zero is not None and jnp.issubdtype(zero.dtype, jnp.floating)
+    return dx.astype(x.dtype), None, dscale.astype(scale.dtype), dzero.astype(zero.dtype) if floating else None
+
+
+_float_matmul.defvjp(_forward, _backward)
+
+
+def _code_product(x: ActivationCodes, packed, scale, zero, spec, implementation):
+    """sx (qx W^T - zx (1 W^T)): the row sums of W are one more row of activations, all ones."""
+    if x.zero is None:
+        return x.scale * _centred_product(x.codes, packed, scale, zero, spec, implementation)
+    rows = jnp.concatenate([x.codes, jnp.ones((1, spec.k), jnp.int8)])
+    y = _centred_product(rows, packed, scale, zero, spec, implementation)
+    return x.scale * (y[:-1] - x.zero * y[-1:])
+
+
+def _centred_product(x, packed, scale, zero, spec, implementation):
+    """x W^T in float32: kernels subtract the middle code, what is left of the zero point meets the sums of x."""
+    scale = scale.astype(jnp.float32)
+    y = _dispatch(x, packed, scale, spec, implementation)
+    if zero is None:
+        return y
+    sums = x.reshape(x.shape[0], spec.groups, -1).sum(-1, dtype=jnp.int32 if x.dtype == jnp.int8 else jnp.float32)
+    rest = scale * (zero.astype(jnp.float32) - spec.centre)
+    return y - jnp.einsum("mg,ng->mn", sums.astype(jnp.float32), rest, precision=lax.Precision.HIGHEST)
+
+
+def _dispatch(x, packed, scale, spec, implementation):
+    if implementation is not None:
+        names = (implementation,) if isinstance(implementation, str) else implementation
+        return _run(choose(spec, x, packed, names).name, x, packed, scale, spec)
+    chosen = {platform: choose(spec, x, packed, names).name for platform, names in PREFERENCE.items()}
+    if set(chosen.values()) == {"xla"}:
+        return _run("xla", x, packed, scale, spec)
+    branches = {p: functools.partial(_run, name, spec=spec) for p, name in chosen.items() if name != "xla"}
+    return lax.platform_dependent(x, packed, scale, **branches, default=functools.partial(_run, "xla", spec=spec))
+
+
+def _run(name, x, packed, scale, spec):
+    backend = BACKENDS[name]
+    return backend.matmul(x, layouts.convert(packed, backend.layout(spec), spec), scale, spec)
+
+
+def _refusal(backend: Backend, spec, x, packed) -> str | None:
+    want = backend.layout(spec)
+    if isinstance(packed, Prepared) and packed.layout != want and backend.name != "xla":
+        return f"the weight is prepared as {packed.layout!r}, {backend.name} reads {want!r}"
+    return backend.refuse(spec, x)
+
+
+def _backend(name: str) -> Backend:
+    if name not in BACKENDS:
+        raise ValueError(f"unknown implementation {name!r}; known: {', '.join(BACKENDS)}")
+    return BACKENDS[name]
+
+
+def _hashable(implementation):
+    return implementation if implementation is None or isinstance(implementation, str) else tuple(implementation)
