@@ -202,11 +202,11 @@ def run(size: int, rounds: int, data: pathlib.Path | None, command: str) -> Card
     load, cores = max(measured.times.load), measured.times.cores
     device = f"{jax.devices()[0].device_kind}, {cores} cores, load {load:.1f}, jax {jax.__version__}"
     flags_of = [f"{name}: {flag}" for name, count in measured.complexity.items() for flag in count.flags]
+    busy = f"The machine was busy (load {load:.1f} on {cores} cores): times are disturbed, their paired ratios less so."
+    departures = (*DEPARTURES, *flags_of, *([busy] if load > cores else []))
     minutes = (time.monotonic() - start) / 60
     paper = "NTIRE 2022 Challenge on Efficient Super-Resolution: Methods and Results, CVPRW 2022, arXiv 2205.05675"
-    return Card(
-        "ntire2022_esr", paper, command, current_commit(), device, minutes, [0], found, (*DEPARTURES, *flags_of)
-    )
+    return Card("ntire2022_esr", paper, command, current_commit(), device, minutes, [0], found, departures)
 
 
 def define_flags() -> None:
@@ -221,6 +221,7 @@ def main(argv) -> None:
     del argv
     data = os.environ.get("JAXCOMP_DATA")
     command = shlex.join(["python", "-m", "experiments.ntire_esr", *sys.argv[1:]])
+    command = f"JAXCOMP_DATA=FOLDER {command}" if data else command
     card = run(flags.FLAGS.size, flags.FLAGS.rounds, pathlib.Path(data) if data else None, command)
     card.write(flags.FLAGS.out)
     Console().print(table_of_printed_ranks())
