@@ -116,8 +116,9 @@ class Card:
         lines += ["Cells: ours [95 % interval]; (paper: published figure, gap).", ""]
         for setting in dict.fromkeys(row.setting for row in self.rows):
             lines += _setting_table(setting, [row for row in self.rows if row.setting == setting])
-        if self.departures:
-            lines += ["## Departures", "", *(f"- {text}" for text in self.departures), ""]
+        notes = dict.fromkeys(row.note for row in self.rows if row.note)
+        for heading, texts in (("Notes", notes), ("Departures", self.departures)):
+            lines += [f"## {heading}", "", *(f"- {text}" for text in texts), ""] if texts else []
         return "\n".join(lines)
 
     def write(self, folder: str | pathlib.Path) -> None:
@@ -153,8 +154,7 @@ def _setting_table(setting: str, rows: Sequence[Row]) -> list[str]:
     for method in dict.fromkeys(row.method for row in rows):
         line = " | ".join(cells.get((method, metric), "") for metric, _ in metrics)
         lines.append(f"| {_escape(method)} | {line} |")
-    notes = dict.fromkeys(row.note for row in rows if row.note)
-    return [*lines, "", *(f"{note}." for note in notes), *([""] if notes else [])]
+    return [*lines, ""]
 
 
 def _cell(row: Row) -> str:

@@ -9,7 +9,6 @@ Writes to `--out`: `checkpoint/` (Orbax and manifest), `hf/` (safetensors as com
 """
 
 import hashlib
-import inspect
 import json
 import pathlib
 import sys
@@ -97,10 +96,9 @@ def compress_lm(job: Job) -> Report:
 
 def describe(job: Job) -> dict[str, Any]:
     """The settings as JSON; the chain by a digest of its source."""
-    chain = hashlib.sha256(inspect.getsource(job.settings.steps).encode()).hexdigest()[:16]
     mesh = "" if job.mesh is None else ",".join(f"{name}:{size}" for name, size in job.mesh.shape.items())
     where = {"model": job.model or "embedded", "text": job.text, "mesh": mesh, "jax": jax.__version__}
-    return job.settings.to_dict() | {"steps": chain} | where
+    return job.settings.to_dict() | {"steps": experiment.source_digest(job.settings.steps)} | where
 
 
 def score(lm: LanguageModel, params: Any, job: Job, text: Text) -> dict[str, Any]:

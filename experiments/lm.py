@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import inspect
 import os
 import pathlib
 from collections.abc import Callable
@@ -83,6 +84,11 @@ def fingerprint(folder: str | None) -> str:
     """Digest of the names, sizes and times of a model folder's files: another one means another model."""
     files = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(model_folder(folder).glob("*"))]
     return hashlib.sha256(repr(files).encode()).hexdigest()[:16]
+
+
+def source_digest(function: Callable) -> str:
+    """Digest of the source of a config's function: what it builds is part of a run's identity."""
+    return hashlib.sha256(inspect.getsource(function).encode()).hexdigest()[:16]
 
 
 class Text(NamedTuple):

@@ -30,7 +30,7 @@ def test_markdown_shows_interval_paper_and_gap():
     assert "| rtn | 55 [53.5, 57.25] (paper: 50, +10.0%) | 4.5 |" in text
     assert "| float | 50 [48, 52] |  |" in text
     assert "| rtn\\|x | 12,346 [12,000, 13,000] |" in text
-    assert "Paper: LLaMA-2-7B." in text and "- smaller model" in text
+    assert "- Paper: LLaMA-2-7B" in text and "- smaller model" in text
 
 
 @pytest.mark.parametrize(
