@@ -26,7 +26,7 @@ _BLOCK = 128  # columns between two lazy updates of the whole matrix
 
 
 def inverse_factor(h: Float[Array, "k k"], damp: float) -> Float[Array, "k k"]:
-    """Upper triangular U with U^T U = (H + damp mean(diag H) I)^-1; NaN where H is not positive definite.
+    """Upper triangular U with U^T U = (H + damp mean(diag H) I)^-1; not finite where H is not positive definite.
 
     The Cholesky factor of the inverse without the inverse: J H J = L L^T with J the reversal gives H = A A^T, A = J L J upper,
     and U = A^-1.
@@ -51,7 +51,7 @@ def quantize_matrix(
 
     For column j in order: q_j = Q(w_j), e = (w_j - q_j) / U_jj, W_{:,j:} -= e U_{j,j:}. Columns whose input never fires (H_jj =
     0) become zero. Group scales come from the current W when its first column is reached, from the original W if
-    `static_groups`; `act_order` visits columns by descending H_jj, and then groups are static.
+    `static_groups`; `act_order` visits columns by descending H_jj, and then groups are static. NaN if H is not positive definite.
     """
     k = w.shape[1]
     dead = jnp.diag(h) == 0
@@ -66,6 +66,7 @@ def quantize_matrix(
     block = grid.group_size if current else min(_BLOCK, k)
     fresh = functools.partial(qparams, grid=Grid(grid.bits, grid.levels, grid.symmetric)) if current else None
     values, scale, zero = _sweep(w[:, order], u, round_scale(scale), zero, group, grid, block, fresh, round_scale)
+    values = jnp.where(jnp.isfinite(u).all(), values, jnp.nan)
     return values[:, jnp.argsort(order)], scale, zero
 
 

@@ -33,15 +33,12 @@ class Method:
 METHODS = {
     "rtn": Method(lambda **o: rtn(4, **o), data=False),
     "gptq": Method(lambda **o: gptq(4, **o), scan_options={"sequential": False}),
-    "gptq(act_order, groups)": Method(
-        lambda **o: gptq(3, act_order=True, group_size=8, symmetric=False, **o), 3, scan_options={"sequential": False}
-    ),
     "awq": Method(lambda **o: awq(4, group_size=8, **o)),
     "smoothquant + rtn": Method(lambda **o: chain(smoothquant(), rtn(8, act_bits=8, **o)), 8),
     "awq_scale + gptq": Method(
         lambda **o: chain(
             awq_scale(3, group_size=8, **{k: v for k, v in o.items() if k != "sequential"}),
-            gptq(3, group_size=8, symmetric=False, **o),
+            gptq(3, group_size=8, symmetric=False, act_order=True, **o),
         ),
         3,
         scan_options={"sequential": False},

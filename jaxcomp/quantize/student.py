@@ -1,0 +1,130 @@
+"""What a learned method does to one block: its recipe, its rounded block as a function of what is learned, its loss."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import Array, Float
+
+from jaxcomp.formats import FakeQuantizedArray
+from jaxcomp.models import LlamaConfig
+from jaxcomp.quantize.attention import BlockRunner
+from jaxcomp.quantize.let import Equivalence
+from jaxcomp.quantize.losses import Objective
+from jaxcomp.quantize.lwc import balanced, clip_logits, compensation, fake_weight
+from jaxcomp.quantize.scheme import Scheme
+
+DOWN = "mlp/down/kernel"
+
+
+@dataclasses.dataclass(frozen=True)
+class Rates:
+    """Learning rates of AdamW (no weight decay, no schedule) for equivalent transforms, clipping and compensation."""
+
+    let: float = 5e-3
+    clip: float = 1e-2
+    compensation: float = 1e-2
+
+
+RATES = Rates()
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What a method learns in every block, and how.
+
+    Attributes:
+      name: of the method.
+      objective: the loss.
+      equivalence: function-preserving rewrites that are learned; None for none.
+      kv_bits: bits of queries, keys and values in attention; 16 for floating point.
+      epochs: passes through the calibration data per block.
+      batch_size: sequences per optimisation step.
+      compensate: how many blocks at either end get a rank-one term on their down projection.
+      bit_balance: 2^b + 1 levels for 1 and 2 bits.
+      clip_init: initial logits of weight clipping.
+      rates: learning rates.
+    """
+
+    name: str
+    objective: Objective
+    equivalence: Equivalence | None
+    kv_bits: int
+    epochs: int
+    batch_size: int = 1
+    compensate: tuple[int, int] = (0, 0)
+    bit_balance: bool = False
+    clip_init: float = 4.0
+    rates: Rates = RATES
+
+
+@dataclasses.dataclass(frozen=True)
+class Student:
+    """A block on its grids as a function of what is learned; calling it is the loss. Equal students share a compilation.
+
+    Attributes:
+      config: the model's.
+      recipe: the method's.
+      schemes: (path below the block, scheme) of every kernel that is rounded.
+    """
+
+    config: LlamaConfig
+    recipe: Recipe
+    schemes: tuple[tuple[str, Scheme], ...]
+
+    def init(self, block: Any, stats: Mapping[str, Mapping[str, Array]], compensate: bool) -> dict[str, Any]:
+        """Initial theta."""
+        flat = flatten_dict(block, sep="/")
+        shape = {path: flat[path].shape[::-1] for path, _ in self.schemes}
+        grid = {path: balanced(s.grid) if self.recipe.bit_balance else s.grid for path, s in self.schemes}
+        clip = {path: clip_logits(shape[path], grid[path], self.recipe.clip_init) for path in shape}
+        theta = {"clip": unflatten_dict(clip, sep="/")}
+        if compensate and DOWN in shape:
+            theta["compensation"] = compensation(shape[DOWN])
+        equivalence = self.recipe.equivalence
+        return theta if equivalence is None else theta | equivalence.init(self.config, float32(block), stats)
+
+    def fake(self, block: Any, theta: Mapping[str, Any]) -> Any:
+        """The rewritten block in float32 with `FakeQuantizedArray` kernels."""
+        block = float32(block)
+        if self.recipe.equivalence is not None:
+            block = self.recipe.equivalence.apply(self.config, block, theta)
+        flat, clip = flatten_dict(block, sep="/"), flatten_dict(theta["clip"], sep="/")
+        for path, scheme in self.schemes:
+            rank_one = theta.get("compensation") if path == DOWN else None
+            flat[path] = fake_weight(flat[path], scheme, clip[path], rank_one, balance=self.recipe.bit_balance)
+        return unflatten_dict(flat, sep="/")
+
+    def export(self, block: Any, theta: Mapping[str, Any]) -> Any:
+        """The rewritten block in its own dtypes with packed kernels; compensation is absorbed in the codes."""
+        schemes, original = dict(self.schemes), flatten_dict(block, sep="/")
+
+        def pack(path, leaf):
+            dtype = original[path].dtype
+            if not isinstance(leaf, FakeQuantizedArray):
+                return leaf.astype(dtype)
+            return dataclasses.replace(leaf, dtype_name=dtype.name).quantize(schemes[path].scale_dtype)
+
+        flat = flatten_dict(self.fake(block, theta), sep="/")
+        return unflatten_dict({path: pack(path, leaf) for path, leaf in flat.items()}, sep="/")
+
+    def runner(self, with_map: bool = False) -> BlockRunner:
+        """Runs the rounded block."""
+        return BlockRunner(self.config, self.recipe.kv_bits, self.recipe.bit_balance, with_map)
+
+    def __call__(self, theta: Mapping[str, Any], frozen: Any, batch: Any) -> Float[Array, ""]:
+        """Loss on a batch (x, y_fp, y_aug, attention_fp) with frozen (block, layer)."""
+        block, layer = frozen
+        x, y_fp, y_aug, attention_fp = batch
+        y, attention = self.runner(self.recipe.objective.needs_attention)(self.fake(block, theta), x, layer)
+        return self.recipe.objective(y, y_fp, y_aug, attention, attention_fp)
+
+
+def float32(tree: Any) -> Any:
+    """A dense tree in float32."""
+    return jax.tree.map(lambda a: a.astype(jnp.float32), tree)
