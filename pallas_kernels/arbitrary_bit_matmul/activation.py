@@ -68,4 +68,4 @@ def split_digits(x: Float[Array, "m k"], digits: int = 3) -> tuple[Int8[Array, "
 
 def join_digits(products: jax.Array, scales: Float[Array, "d m 1"]) -> Float[Array, "m n"]:
     """Products [D, M, N] of the digits summed with their scales."""
-    return (products * scales).sum(0)
+    return sum(product * scale for product, scale in zip(products, scales, strict=True))

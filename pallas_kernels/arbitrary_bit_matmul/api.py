@@ -11,13 +11,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from pallas_kernels.arbitrary_bit_matmul import layouts, packing, reference, xla
+from pallas_kernels.arbitrary_bit_matmul import cpu_ffi, layouts, packing, reference, xla
 from pallas_kernels.arbitrary_bit_matmul.activation import ActivationCodes, quantize_activations
 from pallas_kernels.arbitrary_bit_matmul.layouts import Prepared
 from pallas_kernels.arbitrary_bit_matmul.spec import Backend, WeightSpec
 
-BACKENDS: dict[str, Backend] = {b.name: b for b in (xla.BACKEND,)}
-PREFERENCE = {"cpu": ("xla",), "tpu": ("xla",), "cuda": ("xla",)}
+BACKENDS: dict[str, Backend] = {b.name: b for b in (xla.BACKEND, cpu_ffi.BACKEND)}
 
 
 class Choice(NamedTuple):
@@ -93,14 +92,18 @@ def code_matmul(
 
 
 def prepare(packed: jax.Array, *, k: int, groups: int, bits: int, levels: int = 0, implementation: str) -> Prepared:
-    """Dense words in the layout that an implementation reads; done once per weight, else every call does it."""
+    """Dense words in the layout that an implementation likes best; done once per weight, else calls may have to do it."""
     spec = WeightSpec(packed.shape[-2], k, groups, bits, levels)
-    layout = _backend(implementation).layout(spec)
-    return Prepared(layouts.convert(packed, layout, spec), layout)
+    first = _backend(implementation).layouts(spec)[:1]
+    return layouts.convert(_prepared(packed), first, spec)
 
 
 def choose(spec: WeightSpec, x: jax.Array | jax.ShapeDtypeStruct, packed, names: Sequence[str]) -> Choice:
-    """The first implementation that covers the problem. Raises ExceptionGroup where none does."""
+    """The first of the named implementations that covers x [M, K] times the weight.
+
+    Raises:
+      ExceptionGroup: none does; one NotImplementedError each.
+    """
     reasons = {}
     for name in names:
         reason = _refusal(_backend(name), spec, x, packed)
@@ -108,7 +111,12 @@ def choose(spec: WeightSpec, x: jax.Array | jax.ShapeDtypeStruct, packed, names:
             return Choice(name, reasons)
         reasons[name] = reason
     errors = [NotImplementedError(f"{name}: {reason}") for name, reason in reasons.items()]
-    raise ExceptionGroup(f"no implementation of {names} covers this product; implementation='xla' always does", errors)
+    raise ExceptionGroup(f"none of {', '.join(names)} covers this product; 'xla' always does", errors)
+
+
+def preference() -> dict[str, tuple[str, ...]]:
+    """Platform -> implementations in the order in which they are tried without `implementation=`; 'xla' ends every list."""
+    return {"cpu": ("cpu_ffi", "xla") if cpu_ffi.is_built() else ("xla",)}
 
 
 def weight_spec(packed, scale, zero, *, k: int, bits: int, levels: int = 0) -> WeightSpec:
@@ -141,7 +149,7 @@ def _forward(x, packed, scale, zero, static):
 def _backward(static, residuals, dy):
     """Gradients of the dense product with the decoded weight, in XLA; integer arguments have none."""
     x, packed, scale, zero = residuals
-    codes = layouts.unpack(packed, static.spec)
+    codes = layouts.unpack(_prepared(packed), static.spec)
     full = jnp.float32(static.spec.centre) if zero is None else zero.astype(jnp.float32)
     full = jnp.broadcast_to(full, scale.shape)
     seen = x if static.act_bits is None else quantize_activations(x, static.act_bits, static.act_symmetric).values()
@@ -179,23 +187,28 @@ def _dispatch(x, packed, scale, spec, implementation):
     if implementation is not None:
         names = (implementation,) if isinstance(implementation, str) else implementation
         return _run(choose(spec, x, packed, names).name, x, packed, scale, spec)
-    chosen = {platform: choose(spec, x, packed, names).name for platform, names in PREFERENCE.items()}
-    if set(chosen.values()) == {"xla"}:
-        return _run("xla", x, packed, scale, spec)
+    chosen = {platform: choose(spec, x, packed, names).name for platform, names in preference().items()}
     branches = {p: functools.partial(_run, name, spec=spec) for p, name in chosen.items() if name != "xla"}
-    return lax.platform_dependent(x, packed, scale, **branches, default=functools.partial(_run, "xla", spec=spec))
+    xla_branch = functools.partial(_run, "xla", spec=spec)
+    if not branches:
+        return xla_branch(x, packed, scale)
+    return lax.platform_dependent(x, packed, scale, **branches, default=xla_branch)
 
 
 def _run(name, x, packed, scale, spec):
     backend = BACKENDS[name]
-    return backend.matmul(x, layouts.convert(packed, backend.layout(spec), spec), scale, spec)
+    return backend.matmul(x, layouts.convert(_prepared(packed), backend.layouts(spec), spec), scale, spec)
 
 
 def _refusal(backend: Backend, spec, x, packed) -> str | None:
-    want = backend.layout(spec)
-    if isinstance(packed, Prepared) and packed.layout != want and backend.name != "xla":
-        return f"the weight is prepared as {packed.layout!r}, {backend.name} reads {want!r}"
+    known = backend.layouts(spec)
+    if isinstance(packed, Prepared) and packed.layout not in known and backend.name != "xla":
+        return f"the weight is prepared as {packed.layout!r}; expected {' or '.join(map(repr, known))}"
     return backend.refuse(spec, x)
+
+
+def _prepared(packed: jax.Array | Prepared) -> Prepared:
+    return packed if isinstance(packed, Prepared) else Prepared(packed, "dense")
 
 
 def _backend(name: str) -> Backend:

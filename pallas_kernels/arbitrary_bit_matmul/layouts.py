@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 from jaxtyping import Array, UInt8
 
-from pallas_kernels.arbitrary_bit_matmul import packing
+from pallas_kernels.arbitrary_bit_matmul import five_levels, packing
 from pallas_kernels.arbitrary_bit_matmul.spec import WeightSpec
 
 
@@ -30,29 +30,21 @@ class Prepared:
     layout: str
 
 
-def _pack_dense(codes, spec):
-    return packing.pack_dense(codes, spec.bits)
-
-
-def _unpack_dense(words, spec):
-    return packing.unpack_dense(words, spec.bits, spec.k)
-
-
 LAYOUTS = {
-    "dense": Layout(_pack_dense, _unpack_dense),
+    "dense": Layout(
+        lambda codes, s: packing.pack_dense(codes, s.bits), lambda w, s: packing.unpack_dense(w, s.bits, s.k)
+    ),
+    "base5": Layout(lambda codes, s: five_levels.pack_base5(codes), lambda w, s: five_levels.unpack_base5(w, s.k)),
 }
 
 
-def unpack(packed: jax.Array | Prepared, spec: WeightSpec) -> UInt8[Array, "n k"]:
-    """Unsigned codes of dense words or of a prepared weight."""
-    if isinstance(packed, Prepared):
-        return LAYOUTS[packed.layout].unpack(packed.data, spec)
-    return _unpack_dense(packed, spec)
+def unpack(weight: Prepared, spec: WeightSpec) -> UInt8[Array, "n k"]:
+    """Unsigned codes of a weight in any layout."""
+    return LAYOUTS[weight.layout].unpack(weight.data, spec)
 
 
-def convert(packed: jax.Array | Prepared, layout: str, spec: WeightSpec) -> Any:
-    """The stored arrays of another layout, through the codes; nothing is done where the layout is already there."""
-    present = packed.layout if isinstance(packed, Prepared) else "dense"
-    if present == layout:
-        return packed.data if isinstance(packed, Prepared) else packed
-    return LAYOUTS[layout].pack(unpack(packed, spec), spec)
+def convert(weight: Prepared, layouts: tuple[str, ...], spec: WeightSpec) -> Prepared:
+    """The weight in the first of these layouts, through its codes; as it is where it has one of them."""
+    if weight.layout in layouts:
+        return weight
+    return Prepared(LAYOUTS[layouts[0]].pack(unpack(weight, spec), spec), layouts[0])

@@ -55,13 +55,13 @@ class Backend(NamedTuple):
 
     Attributes:
       name: as in `implementation=`.
-      layout: name of the weight layout that it reads, from the spec.
+      layouts: names of the weight layouts that it reads, from the spec; the first is what `prepare` makes.
       refuse: (spec, x) -> why it does not cover this problem, or None. Shapes and dtypes only.
-      matmul: (x, data, scale, spec) -> float32 [M, N] = sum_g scale[n,g] sum_(k in g) x[m,k] (u[n,k] - centre), for x int8
-        (exact inside a group) or floating point [M, K], scale float32 [N, G] and data in the layout.
+      matmul: (x, weight, scale, spec) -> float32 [M, N] = sum_g scale[n,g] sum_(k in g) x[m,k] (u[n,k] - centre), for x int8
+        (exact inside a group) or floating point [M, K], scale float32 [N, G] and weight `Prepared` in one of its layouts.
     """
 
     name: str
-    layout: Callable[[WeightSpec], str]
+    layouts: Callable[[WeightSpec], tuple[str, ...]]
     refuse: Callable[[WeightSpec, jax.Array], str | None]
     matmul: Callable[..., jax.Array]

@@ -8,13 +8,17 @@ weights are expanded in blocks that stay in cache. Few floating-point rows enter
 
 from __future__ import annotations
 
+import functools
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int8, Int32, UInt32
+from jaxtyping import Array, Float, Int8, UInt32
 
 from pallas_kernels.arbitrary_bit_matmul import packing
 from pallas_kernels.arbitrary_bit_matmul.activation import join_digits, split_digits
+from pallas_kernels.arbitrary_bit_matmul.layouts import Prepared
 from pallas_kernels.arbitrary_bit_matmul.spec import Backend, WeightSpec
 
 BLOCK_BYTES = 1 << 19  # expanded weights of a block, which has to stay in the second-level cache
@@ -22,87 +26,107 @@ DIGIT_ROWS = 4  # up to this many floating-point rows, digits beat float32 weigh
 LANE_CODES = 64  # a lane of a group has to be this long for the same
 
 
-def matmul(x: jax.Array, words: UInt32[Array, "n w"], scale: Float[Array, "n g"], spec: WeightSpec) -> jax.Array:
+def matmul(x: jax.Array, weight: Prepared, scale: Float[Array, "n g"], spec: WeightSpec) -> Float[Array, "m n"]:
     """See `spec.Backend`."""
     if not _aligned(spec):
-        return _batched(x, words, scale, spec)
+        return _batched(x, weight.data, scale, spec)
+    data = _stream(weight.data, spec.bits)
     if x.dtype == jnp.int8:
-        cpu, other = _integer, _batched if spec.groups > 1 else _integer_rows
+        cpu, other = _integer, _integer_groups if spec.groups > 1 else _integer_rows
     else:
         few = x.shape[0] <= DIGIT_ROWS and (spec.groups == 1 or spec.group_size // _lanes(spec.bits) >= LANE_CODES)
         cpu, other = _digits if few else _floating, _floating_rows
     bind = lambda f: lambda *args: f(*args, spec)
-    return lax.platform_dependent(x, words, scale, cpu=bind(cpu), default=bind(other))
+    return lax.platform_dependent(x, data, scale, cpu=bind(cpu), default=bind(other))
 
 
-BACKEND = Backend("xla", lambda spec: "dense", lambda spec, x: None, matmul)
+BACKEND = Backend("xla", lambda spec: ("dense",), lambda spec, x: None, matmul)
 
 
-def _integer(x, words, scale, spec):
+class _Rows(NamedTuple):
+    """Activations permuted to meet the lanes of the codes.
+
+    Attributes:
+      lanes: arrays [M, G, c], see `_code_lanes`.
+      rest: what the product with the codes still lacks, (centre - `_offset`) times the sums of x, [M, G].
+    """
+
+    lanes: list[jax.Array]
+    rest: jax.Array
+
+
+def _integer(x, data, scale, spec):
     """Exact int8 product: row blocks with one scale per row, a scan over groups otherwise."""
     m, x = x.shape[0], _two_rows(x)
     if spec.groups > 1:
-        return _group_scan(x, words, scale, spec)[:m]
-    rows = lambda words, scale: _integer_rows(x, words, scale, spec)
-    return _by_row_blocks(rows, (words, scale), spec, itemsize=1)[:m]
+        return _group_scan(_permute(x, spec), data, scale, spec)[:m]
+    rows = functools.partial(_lane_product, jax.tree.map(lambda a: a[:, 0], _permute(x, spec)))
+    return _by_row_blocks(lambda w, s: rows(w, s[:, 0], spec), (data, scale), spec, itemsize=1)[:m]
 
 
-def _integer_rows(x, words, scale, spec):
-    return _chunk_product(x, words, spec).astype(jnp.float32) * scale[:, 0][None]
+def _integer_rows(x, data, scale, spec):
+    return _lane_product(jax.tree.map(lambda a: a[:, 0], _permute(x, spec)), data, scale[:, 0], spec)
 
 
-def _group_scan(x, words, scale, spec):
+def _group_scan(x: _Rows, data, scale, spec):
     """sum_g s_g d_g, one group of all rows at a time: groups are strided slices of the dense rows."""
-    words = words.reshape(words.shape[0], spec.groups, -1)
-    x = x.reshape(x.shape[0], spec.groups, -1)
+    data = data.reshape(data.shape[0], spec.groups, -1)
 
     def add_group(total, g):
         take = lambda a: lax.dynamic_index_in_dim(a, g, 1, keepdims=False)
-        return total + _chunk_product(take(x), take(words), spec).astype(jnp.float32) * take(scale)[None], None
+        return total + _lane_product(jax.tree.map(take, x), take(data), take(scale), spec), None
 
-    return lax.scan(add_group, jnp.zeros((x.shape[0], words.shape[0]), jnp.float32), jnp.arange(spec.groups))[0]
+    start = jnp.zeros((x.rest.shape[0], data.shape[0]), jnp.float32)
+    return lax.scan(add_group, start, jnp.arange(spec.groups))[0]
 
 
-def _chunk_product(x: Int8[Array, "m k"], words: UInt32[Array, "n w"], spec: WeightSpec) -> Int32[Array, "m n"]:
-    """x (u - centre)^T of dense rows without groups."""
-    x, words = _fill(x, words, spec.bits)
-    pairs = zip(_activation_chunks(x, spec.bits), _code_chunks(words, spec.bits), strict=True)
+def _lane_product(x: _Rows, data: jax.Array, scale: Float[Array, "n"], spec: WeightSpec):
+    """x (u - centre)^T s of one group, exact before the scale: float32 [M, N]."""
+    pairs = zip(x.lanes, _code_lanes(data, spec.bits), strict=True)
     product = sum(_dot(a, w, jnp.int32) for a, w in pairs)
-    return product - (spec.centre - _offset(spec.bits)) * x.astype(jnp.int32).sum(-1, keepdims=True)
+    return (product - x.rest[:, None]).astype(jnp.float32) * scale[None]
 
 
-def _digits(x, words, scale, spec):
+def _digits(x, data, scale, spec):
     """Floating-point rows through the integer product of their digits: exact but for 2^-24 of a row's maximum."""
     digits, scales = split_digits(x.astype(jnp.float32))
-    y = _integer(digits.reshape(-1, x.shape[1]), words, scale, spec)
+    y = _integer(digits.reshape(-1, x.shape[1]), data, scale, spec)
     return join_digits(y.reshape(*digits.shape[:2], -1), scales)
 
 
-def _floating(x, words, scale, spec):
-    m, x = x.shape[0], _two_rows(x.astype(jnp.float32))
-    rows = lambda words, scale: _floating_rows(x, words, scale, spec)
-    return _by_row_blocks(rows, (words, scale), spec, itemsize=4)[:m]
+def _floating(x, data, scale, spec):
+    m, x = x.shape[0], _permute(_two_rows(x.astype(jnp.float32)), spec)
+    return _by_row_blocks(lambda w, s: _value_product(x, w, s, spec), (data, scale), spec, itemsize=4)[:m]
 
 
-def _floating_rows(x, words, scale, spec):
+def _floating_rows(x, data, scale, spec):
+    return _value_product(_permute(x, spec), data, scale, spec)
+
+
+def _value_product(x: _Rows, data, scale, spec):
     """Weights expanded in the dtype of x, scales and all; float32 accumulation."""
-    x, words = _fill(x, words, spec.bits)
-    grouped = lambda a: a.reshape(a.shape[0], spec.groups, -1)
-    shift = spec.centre - _offset(spec.bits)
-    value = lambda w: ((w.astype(jnp.float32) - shift) * scale[..., None]).astype(x.dtype)
-    pairs = zip(_activation_chunks(grouped(x), spec.bits), _code_chunks(grouped(words), spec.bits), strict=True)
+    lanes = _code_lanes(data.reshape(data.shape[0], spec.groups, -1), spec.bits)
+    centre, dtype = spec.centre - _offset(spec.bits), x.rest.dtype
+    value = lambda u: ((u.astype(jnp.float32) - centre) * scale[..., None]).astype(dtype)
     flat = lambda a: a.reshape(a.shape[0], -1)
-    return sum(_dot(flat(a), flat(value(w)), jnp.float32) for a, w in pairs)
+    return sum(_dot(flat(a), flat(value(u)), jnp.float32) for a, u in zip(x.lanes, lanes, strict=True))
+
+
+def _integer_groups(x, data, scale, spec):
+    """All groups at once: one product per group."""
+    x = _permute(x, spec)
+    lanes = _code_lanes(data.reshape(data.shape[0], spec.groups, -1), spec.bits)
+    product = sum(_group_dot(a, w, jnp.int32) for a, w in zip(x.lanes, lanes, strict=True))
+    return ((product - x.rest.T[..., None]).astype(jnp.float32) * scale.T[:, None]).sum(0)
 
 
 def _batched(x, words, scale, spec):
-    """Any group size: one product per group, exact for integers; weights are expanded whole."""
+    """Groups that begin inside words: one product per group of codes, exact for integers; the codes are expanded whole."""
     codes = packing.unpack_dense(words, spec.bits, spec.k).astype(jnp.int32) - spec.centre
     grouped = lambda a: a.reshape(a.shape[0], spec.groups, -1)
     dtype = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
-    batch = (((2,), (2,)), ((1,), (1,)))
-    d = lax.dot_general(grouped(x), grouped(codes.astype(x.dtype)), batch, preferred_element_type=dtype)
-    return (d.astype(jnp.float32) * scale.T[:, None]).sum(0)
+    product = _group_dot(grouped(x), grouped(codes.astype(x.dtype)), dtype)
+    return (product.astype(jnp.float32) * scale.T[:, None]).sum(0)
 
 
 def _by_row_blocks(product, operands, spec, itemsize):
@@ -116,20 +140,31 @@ def _by_row_blocks(product, operands, spec, itemsize):
     return y if whole == n else jnp.concatenate([y, product(*[a[whole:] for a in operands])], 1)
 
 
-def _code_chunks(words: UInt32[Array, "*rows w"], bits: int) -> list[Int8[Array, "*rows c"]]:
-    """Codes minus `_offset` as int8, in an order that `_activation_chunks` shares."""
+def _stream(words: UInt32[Array, "n w"], bits: int) -> jax.Array:
+    """What lanes are cut from: bytes, or for odd widths words in full runs of 32 codes."""
+    return packing.pad_last(words, bits) if 8 % bits else packing.words_to_bytes(words)
+
+
+def _code_lanes(data: jax.Array, bits: int) -> list[Int8[Array, "*rows c"]]:
+    """Codes of a `_stream` minus `_offset` as int8, in an order that `_permute` shares."""
     if bits == 8:
-        return [lax.bitcast_convert_type(packing.words_to_bytes(words) ^ jnp.uint8(128), jnp.int8)]
+        return [lax.bitcast_convert_type(data ^ jnp.uint8(128), jnp.int8)]
     if 8 % bits == 0:
-        return [c.astype(jnp.int8) for c in packing.byte_lanes(packing.words_to_bytes(words), _lanes(bits))]
-    runs = jnp.moveaxis(words.reshape(*words.shape[:-1], -1, bits), -1, 0)
+        return [codes.astype(jnp.int8) for codes in packing.byte_lanes(data, _lanes(bits))]
+    runs = jnp.moveaxis(data.reshape(*data.shape[:-1], -1, bits), -1, 0)
     codes = jnp.stack([_lane(runs, i, bits).astype(jnp.int8) for i in range(32)], -2)
     return [codes.reshape(*codes.shape[:-2], -1)]
 
 
-def _activation_chunks(x: jax.Array, bits: int) -> list[jax.Array]:
-    lanes = jnp.moveaxis(x.reshape(*x.shape[:-1], -1, _lanes(bits)), -1, 0)
-    return list(lanes) if 8 % bits == 0 else [jnp.moveaxis(lanes, 0, -2).reshape(x.shape)]
+def _permute(x: jax.Array, spec: WeightSpec) -> _Rows:
+    """Activations in the order of `_code_lanes`, zeros for the codes that fill the last words."""
+    unit = 32 if 8 % spec.bits else 32 // spec.bits
+    x = packing.pad_last(x, unit).reshape(x.shape[0], spec.groups, -1)
+    sums = x.sum(-1, dtype=jnp.int32 if x.dtype == jnp.int8 else x.dtype)
+    lanes = x.reshape(*x.shape[:-1], -1, _lanes(spec.bits))
+    split = [lanes[..., j] for j in range(lanes.shape[-1])]
+    joined = [lanes.swapaxes(-1, -2).reshape(x.shape)]
+    return _Rows(joined if 8 % spec.bits else split, sums * jnp.asarray(spec.centre - _offset(spec.bits), sums.dtype))
 
 
 def _lane(runs: UInt32[Array, "b *rows"], i: int, bits: int) -> UInt32[Array, "*rows"]:
@@ -156,15 +191,15 @@ def _aligned(spec: WeightSpec) -> bool:
     return spec.groups == 1 or spec.group_size % unit == 0
 
 
-def _fill(x, words, bits):
-    """Zero activations for the codes of the last words; for odd widths, zero words up to a full run of codes."""
-    words = words if 8 % bits == 0 else packing.pad_last(words, bits)
-    return jnp.pad(x, ((0, 0), (0, words.shape[-1] * 32 // bits - x.shape[-1]))), words
-
-
 def _two_rows(x: jax.Array) -> jax.Array:
-    return x if x.shape[0] > 1 else jnp.pad(x, ((0, 1), (0, 0)))
+    """At least two rows; by concatenation, since XLA moves a padding of the operand behind the product."""
+    return x if x.shape[0] > 1 else jnp.concatenate([x, jnp.zeros_like(x)])
 
 
 def _dot(x: jax.Array, w: jax.Array, dtype) -> jax.Array:
     return lax.dot_general(x, w, (((1,), (1,)), ((), ())), preferred_element_type=dtype)
+
+
+def _group_dot(x: jax.Array, w: jax.Array, dtype) -> jax.Array:
+    """[M, G, c] and [N, G, c] to [G, M, N]."""
+    return lax.dot_general(x, w, (((2,), (2,)), ((1,), (1,))), preferred_element_type=dtype)

@@ -1,0 +1,307 @@
+// y[m, n] = sum_g s[n, g] sum_(k in g) x[m, k] (u[n, k] - centre) for few rows x of int8 and dense codes u of 1..8 bits, as they lie.
+//
+// 64 codes of b bits fill 8 b bytes. With AVX-512 VBMI one byte permutation brings the b bytes of every 8 codes into a 64-bit lane,
+// one multishift takes 8 codes out of each lane, and VNNI multiplies them with x: five instructions for 64 weights of any width.
+// Five-level codes in base 5 (three codes in 7 bits) need three look-ups in 128-byte tables more. Elsewhere the same in scalar code.
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "xla/ffi/api/ffi.h"
+
+#if defined(__AVX512VBMI__) && defined(__AVX512VNNI__)
+#include <immintrin.h>
+#endif
+
+namespace ffi = xla::ffi;
+
+namespace {
+
+using Bytes128 = std::array<uint8_t, 128>;
+constexpr int64_t kCodes = 64;   // codes of a vector
+constexpr int64_t kMaxRows = 4;  // activation rows that share one expansion of the weights
+
+#if defined(__AVX512VBMI__) && defined(__AVX512VNNI__)
+
+using Codes = __m512i;  // 64 unsigned bytes
+using Sums = __m512i;   // 16 int32, sum i of codes 4 i .. 4 i + 3
+using Floats = __m512;
+
+inline Sums zero_sums() { return _mm512_setzero_si512(); }
+inline Floats zero_floats() { return _mm512_setzero_ps(); }
+inline Codes constant(uint8_t c) { return _mm512_set1_epi8(static_cast<char>(c)); }
+inline Sums dot(Sums d, Codes u, const int8_t* x) { return _mm512_dpbusd_epi32(d, u, _mm512_loadu_si512(x)); }
+inline Sums negated(Sums d) { return _mm512_sub_epi32(zero_sums(), d); }
+inline Floats add_scaled(Floats y, Sums d, float s) { return _mm512_fmadd_ps(_mm512_cvtepi32_ps(d), _mm512_set1_ps(s), y); }
+inline float total(Floats y) { return _mm512_reduce_add_ps(y); }
+inline int32_t total(Sums d) { return _mm512_reduce_add_epi32(d); }
+
+class Unpacker {
+ public:
+  explicit Unpacker(int bits)
+      : bytes_(8 * bits), all_(~uint64_t{0} >> (64 - 8 * bits)), keep_(constant(static_cast<uint8_t>((1 << bits) - 1))) {
+    alignas(64) uint8_t source[64], shift[64];
+    for (int i = 0; i < 64; ++i) {
+      source[i] = static_cast<uint8_t>((i / 8) * bits + std::min(i % 8, bits - 1));
+      shift[i] = static_cast<uint8_t>((i % 8) * bits);
+    }
+    source_ = _mm512_load_si512(source);
+    shift_ = _mm512_load_si512(shift);
+  }
+  // 64 codes from `bytes` bytes; what lies beyond them is zero.
+  Codes operator()(const uint8_t* p, int64_t bytes) const {
+    const __mmask64 mask = bytes >= bytes_ ? all_ : ~uint64_t{0} >> (64 - bytes);
+    const __m512i octets = _mm512_permutexvar_epi8(source_, _mm512_maskz_loadu_epi8(mask, p));
+    return _mm512_and_si512(_mm512_multishift_epi64_epi8(shift_, octets), keep_);
+  }
+
+ private:
+  int64_t bytes_;
+  __mmask64 all_;
+  __m512i keep_, source_, shift_;
+};
+
+class Table {
+ public:
+  explicit Table(const Bytes128& t) : low_(_mm512_loadu_si512(t.data())), high_(_mm512_loadu_si512(t.data() + 64)) {}
+  Codes operator()(Codes i) const { return _mm512_permutex2var_epi8(low_, i, high_); }
+
+ private:
+  __m512i low_, high_;
+};
+
+#else
+
+struct Codes {
+  uint8_t c[64];
+};
+struct Sums {
+  int32_t v[16];
+};
+struct Floats {
+  float v[16];
+};
+
+inline Sums zero_sums() { return Sums{}; }
+inline Floats zero_floats() { return Floats{}; }
+inline Codes constant(uint8_t c) {
+  Codes u;
+  std::memset(u.c, c, sizeof u.c);
+  return u;
+}
+inline Sums dot(Sums d, const Codes& u, const int8_t* x) {
+  for (int i = 0; i < 64; ++i) d.v[i / 4] += int32_t{u.c[i]} * x[i];
+  return d;
+}
+inline Sums negated(Sums d) {
+  for (auto& v : d.v) v = -v;
+  return d;
+}
+inline Floats add_scaled(Floats y, const Sums& d, float s) {
+  for (int i = 0; i < 16; ++i) y.v[i] += static_cast<float>(d.v[i]) * s;
+  return y;
+}
+inline float total(const Floats& y) {
+  float sum = 0;
+  for (float v : y.v) sum += v;
+  return sum;
+}
+inline int32_t total(const Sums& d) {
+  int32_t sum = 0;
+  for (int32_t v : d.v) sum += v;
+  return sum;
+}
+
+class Unpacker {
+ public:
+  explicit Unpacker(int bits) : bits_(bits) {}
+  Codes operator()(const uint8_t* p, int64_t bytes) const {
+    Codes u;
+    for (int octet = 0; octet < 8; ++octet) {
+      uint64_t word = 0;
+      for (int j = 0; j < bits_ && octet * bits_ + j < bytes; ++j) word |= uint64_t{p[octet * bits_ + j]} << (8 * j);
+      for (int i = 0; i < 8; ++i) u.c[8 * octet + i] = static_cast<uint8_t>(word >> (i * bits_) & ((1 << bits_) - 1));
+    }
+    return u;
+  }
+
+ private:
+  int bits_;
+};
+
+class Table {
+ public:
+  explicit Table(const Bytes128& t) : t_(t) {}
+  Codes operator()(const Codes& i) const {
+    Codes u;
+    for (int j = 0; j < 64; ++j) u.c[j] = t_[i.c[j]];
+    return u;
+  }
+
+ private:
+  Bytes128 t_;
+};
+
+#endif
+
+// Dense codes: one run of activations.
+class Dense {
+ public:
+  static constexpr int kRuns = 1;
+  explicit Dense(int64_t bits) : unpack_(static_cast<int>(bits)), step_(8 * bits) {}
+  int64_t step() const { return step_; }
+  void operator()(const uint8_t* p, int64_t bytes, Codes* u) const { u[0] = unpack_(p, bytes); }
+
+ private:
+  Unpacker unpack_;
+  int64_t step_;
+};
+
+// Triples of five-level codes, u0 + 5 u1 + 25 u2 in 7 bits: three runs of activations.
+class Base5 {
+ public:
+  static constexpr int kRuns = 3;
+  explicit Base5(int64_t) : unpack_(7), digit_{Table(digits(1)), Table(digits(5)), Table(digits(25))} {}
+  int64_t step() const { return 56; }
+  void operator()(const uint8_t* p, int64_t bytes, Codes* u) const {
+    Codes triples = unpack_(p, bytes);
+    for (int i = 0; i < kRuns; ++i) u[i] = digit_[i](triples);
+  }
+
+ private:
+  static Bytes128 digits(int power) {
+    Bytes128 values;
+    for (int i = 0; i < 128; ++i) values[i] = static_cast<uint8_t>(i / power % 5);
+    return values;
+  }
+  Unpacker unpack_;
+  Table digit_[3];
+};
+
+struct Product {
+  const int8_t* x;  // [rows, runs, chunks * 64]
+  const uint8_t* w;
+  const float* scale;
+  float* y;  // [rows, n]
+  int64_t n, groups, chunks, stride;  // chunks of 64 codes in a run; bytes of a weight row
+};
+
+// Sums at the start of every group: -centre times the activations, so that sums are of x (u - centre).
+template <int M, class Codec>
+std::vector<Sums> starts(const Product& p, uint8_t centre) {
+  std::vector<Sums> start(M * p.groups, zero_sums());
+  const int64_t per_group = p.chunks / p.groups;
+  for (int64_t m = 0; m < M; ++m)
+    for (int64_t c = 0; c < Codec::kRuns * p.chunks; ++c) {
+      Sums& s = start[m * p.groups + c % p.chunks / per_group];
+      s = dot(s, constant(centre), p.x + (m * Codec::kRuns * p.chunks + c) * kCodes);
+    }
+  for (auto& s : start) s = negated(s);
+  return start;
+}
+
+template <int... I, class F>
+[[gnu::always_inline]] inline void unrolled(std::integer_sequence<int, I...>, F&& f) {
+  (f(I), ...);
+}
+
+// f(0) ... f(N - 1), unrolled so that arrays indexed by the argument live in registers.
+template <int N, class F>
+[[gnu::always_inline]] inline void each(F&& f) {
+  unrolled(std::make_integer_sequence<int, N>{}, f);
+}
+
+// Outputs n .. n + R - 1 of M activation rows.
+template <int M, int R, class Codec>
+void tile(const Product& p, const Codec& codec, const Sums* start, int64_t n) {
+  Floats y[R * M];
+  Sums d[R * M];
+  each<R * M>([&](int i) { y[i] = zero_floats(); });
+  const int64_t per_group = p.chunks / p.groups, run = p.chunks * kCodes;
+  for (int64_t g = 0; g < p.groups; ++g) {
+    each<R * M>([&](int i) { d[i] = start[i % M * p.groups + g]; });
+    for (int64_t c = g * per_group; c < (g + 1) * per_group; ++c) {
+      const uint8_t* w = p.w + n * p.stride + c * codec.step();
+      const int8_t* x = p.x + c * kCodes;
+      each<R>([&](int r) {
+        Codes u[Codec::kRuns];
+        codec(w + r * p.stride, p.stride - c * codec.step(), u);
+        each<Codec::kRuns * M>([&](int i) { d[r * M + i % M] = dot(d[r * M + i % M], u[i / M], x + (i % M * Codec::kRuns + i / M) * run); });
+      });
+    }
+    if (p.groups > 1) each<R * M>([&](int i) { y[i] = add_scaled(y[i], d[i], p.scale[(n + i / M) * p.groups + g]); });
+  }
+  each<R * M>([&](int i) {
+    const int64_t row = n + i / M;
+    p.y[i % M * p.n + row] = p.groups > 1 ? total(y[i]) : p.scale[row] * static_cast<float>(total(d[i]));
+  });
+}
+
+// Runs work(begin, end) over blocks of [0, n) on the calling thread and on those of the pool that are free.
+void parallel(ffi::ThreadPool& pool, int64_t n, int64_t block, const std::function<void(int64_t, int64_t)>& work) {
+  struct State {
+    std::atomic<int64_t> next{0}, finished{0};
+  };
+  auto state = std::make_shared<State>();  // outlives this call in helpers that start late and find no block left
+  const int64_t blocks = (n + block - 1) / block;
+  auto drain = [state, blocks, block, n, work = &work] {
+    for (int64_t i; (i = state->next++) < blocks; ++state->finished) (*work)(i * block, std::min(n, (i + 1) * block));
+  };
+  const int64_t helpers = std::min<int64_t>(pool.num_threads(), blocks) - 1;
+  for (int64_t t = 0; t < helpers; ++t) pool.Schedule([drain] { drain(); });
+  drain();
+  while (state->finished < blocks) std::this_thread::yield();
+}
+
+template <int M, class Codec>
+void multiply(ffi::ThreadPool& pool, const Product& p, const Codec& codec, uint8_t centre) {
+  constexpr int R = M == 1 ? 4 : Codec::kRuns == 1 || M == 2 ? 2 : 1;  // as many as registers hold
+  const auto start = starts<M, Codec>(p, centre);
+  parallel(pool, p.n, 64, [&](int64_t begin, int64_t end) {
+    int64_t n = begin;
+    for (; n + R <= end; n += R) tile<M, R>(p, codec, start.data(), n);
+    for (; n < end; ++n) tile<M, 1>(p, codec, start.data(), n);
+  });
+}
+
+template <class Codec>
+void multiply_rows(ffi::ThreadPool& pool, Product p, const Codec& codec, uint8_t centre, int64_t rows) {
+  for (int64_t m = 0; m < rows; m += kMaxRows) {
+    switch (std::min(rows - m, kMaxRows)) {
+      case 1: multiply<1>(pool, p, codec, centre); break;
+      case 2: multiply<2>(pool, p, codec, centre); break;
+      case 3: multiply<3>(pool, p, codec, centre); break;
+      default: multiply<4>(pool, p, codec, centre);
+    }
+    p.x += kMaxRows * Codec::kRuns * p.chunks * kCodes;
+    p.y += kMaxRows * p.n;
+  }
+}
+
+ffi::Error run(ffi::ThreadPool pool, ffi::Buffer<ffi::S8> x, ffi::Buffer<ffi::U32> w, ffi::Buffer<ffi::F32> scale,
+               ffi::ResultBuffer<ffi::F32> y, int64_t bits, int64_t centre, bool base5) {
+  const auto xs = x.dimensions(), ws = w.dimensions(), ss = scale.dimensions();
+  if (xs.size() != 3 || ws.size() != 2 || ss.size() != 2 || xs[1] != (base5 ? 3 : 1) || xs[2] % (kCodes * ss[1]) || (base5 && ss[1] != 1))
+    return ffi::Error::InvalidArgument("expected x [M, runs, K] with K / groups a multiple of 64, w [N, words], scale [N, groups]");
+  Product p{x.typed_data(), reinterpret_cast<const uint8_t*>(w.typed_data()), scale.typed_data(), y->typed_data(),
+            ws[0], ss[1], xs[2] / kCodes, 4 * ws[1]};
+  if (base5)
+    multiply_rows(pool, p, Base5(bits), static_cast<uint8_t>(centre), xs[0]);
+  else
+    multiply_rows(pool, p, Dense(bits), static_cast<uint8_t>(centre), xs[0]);
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(ArbitraryBitMatmul, run,
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::Buffer<ffi::S8>>().Arg<ffi::Buffer<ffi::U32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>().Ret<ffi::Buffer<ffi::F32>>().Attr<int64_t>("bits")
+                                  .Attr<int64_t>("centre").Attr<bool>("base5"));
