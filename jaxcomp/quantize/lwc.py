@@ -1,8 +1,7 @@
-"""What is learned about the rounding of a weight: clipping of its range and a rank-one compensation; grids with bit balance."""
+"""What is learned about the rounding of a weight: clipping of its range, and a rank-one compensation."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
 
@@ -10,15 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxcomp.formats import ActivationQuantizer, FakeQuantizedArray, Grid
-from jaxcomp.quantize.scheme import Scheme
-
-
-def balanced(grid: Grid) -> Grid:
-    """ABQ-LLM's bit balance (arXiv 2408.08554): 2^b + 1 levels for b in {1, 2}, stored in b + 1 bits; other grids as they are."""
-    if grid.bits > 2 or grid.levels:
-        return grid
-    return Grid(grid.bits + 1, 2**grid.bits + 1, grid.symmetric, grid.group_size)
+from jaxcomp.formats import Grid
+from jaxcomp.quantize.straight_through import qparams
 
 
 def clip_logits(shape: tuple[int, int], grid: Grid, value: float) -> Float[Array, "M G 2"]:
@@ -41,20 +33,15 @@ def compensated_blocks(num_layers: int, first: int = 3, last: int = 4) -> frozen
     return frozenset(range(first)) | frozenset(range(num_layers - last, num_layers))
 
 
-def fake_weight(
-    kernel: Float[Array, "I O"],
-    scheme: Scheme,
-    logits: Float[Array, "M G 2"],
-    rank_one: Mapping[str, Array] | None = None,
-    *,
-    balance: bool = False,
-) -> FakeQuantizedArray:
-    """A Dense kernel on its grid, range clipped by sigmoid(logits): Q(W + a b^T) with W = kernel^T (arXiv 2308.13137, eq. 2)."""
-    grid, act = scheme.grid, scheme.act
-    if balance:
-        grid = balanced(grid)
-        act = None if act is None else ActivationQuantizer(balanced(act.grid))
-    leaf = FakeQuantizedArray.of(kernel, grid, (0,), act)
-    value = leaf.value if rank_one is None else leaf.value + rank_one["a"][:, None] * rank_one["b"][None]
-    value = jax.lax.reduce_precision(value, 8, 23)
-    return dataclasses.replace(leaf, value=value, clip=jax.nn.sigmoid(logits))
+def clipped(
+    kernel: Float[Array, "K N"], grid: Grid, logits: Float[Array, "M G 2"], rank_one: Mapping[str, Array] | None
+) -> tuple[Float[Array, "N K"], Float[Array, "M G"], Float[Array, "M G"]]:
+    """What is to be rounded, W + a b^T with W = kernel^T, and its scale and zero point, the range clipped by sigmoid(logits).
+
+    OmniQuant, arXiv 2308.13137, eq. 2; ABQ-LLM, arXiv 2408.08554, for a b^T.
+    """
+    matrix = kernel.T
+    if rank_one is not None:
+        matrix = matrix + rank_one["a"][:, None] * rank_one["b"][None]
+    factor = jax.nn.sigmoid(logits)
+    return matrix, *qparams(matrix, grid, factor[..., 0], factor[..., 1])

@@ -11,13 +11,15 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float
 
-from jaxcomp.formats import FakeQuantizedArray
+from jaxcomp.formats import ActivationQuantizer, Grid, Layout, QuantizedArray
+from jaxcomp.formats.grid import fake_quantize
 from jaxcomp.models import LlamaConfig
 from jaxcomp.quantize.attention import BlockRunner
-from jaxcomp.quantize.let import Equivalence
+from jaxcomp.quantize.let import Equivalence, Stats, Tree
 from jaxcomp.quantize.losses import Objective
-from jaxcomp.quantize.lwc import balanced, clip_logits, compensation, fake_weight
+from jaxcomp.quantize.lwc import clip_logits, clipped, compensation
 from jaxcomp.quantize.scheme import Scheme
+from jaxcomp.quantize.straight_through import balanced
 
 DOWN = "mlp/down/kernel"
 
@@ -77,45 +79,57 @@ class Student:
     recipe: Recipe
     schemes: tuple[tuple[str, Scheme], ...]
 
-    def init(self, block: Any, stats: Mapping[str, Mapping[str, Array]], compensate: bool) -> dict[str, Any]:
+    def init(self, block: Any, stats: Stats, compensate: bool) -> dict[str, Any]:
         """Initial theta."""
         flat = flatten_dict(block, sep="/")
         shape = {path: flat[path].shape[::-1] for path, _ in self.schemes}
-        grid = {path: balanced(s.grid) if self.recipe.bit_balance else s.grid for path, s in self.schemes}
-        clip = {path: clip_logits(shape[path], grid[path], self.recipe.clip_init) for path in shape}
+        clip = {path: clip_logits(shape[path], self.grid(s), self.recipe.clip_init) for path, s in self.schemes}
         theta = {"clip": unflatten_dict(clip, sep="/")}
         if compensate and DOWN in shape:
             theta["compensation"] = compensation(shape[DOWN])
         equivalence = self.recipe.equivalence
         return theta if equivalence is None else theta | equivalence.init(self.config, float32(block), stats)
 
-    def fake(self, block: Any, theta: Mapping[str, Any]) -> Any:
-        """The rewritten block in float32 with `FakeQuantizedArray` kernels."""
+    def rounding(self, block: Any, theta: Mapping[str, Any]) -> tuple[Tree, Tree]:
+        """The rewritten block in float32, and (matrix, scale, zero) of each kernel to round; both by path."""
         block = float32(block)
         if self.recipe.equivalence is not None:
             block = self.recipe.equivalence.apply(self.config, block, theta)
-        flat, clip = flatten_dict(block, sep="/"), flatten_dict(theta["clip"], sep="/")
-        for path, scheme in self.schemes:
-            rank_one = theta.get("compensation") if path == DOWN else None
-            flat[path] = fake_weight(flat[path], scheme, clip[path], rank_one, balance=self.recipe.bit_balance)
-        return unflatten_dict(flat, sep="/")
+        flat, logits = flatten_dict(block, sep="/"), flatten_dict(theta["clip"], sep="/")
+        rank_one = lambda path: theta.get("compensation") if path == DOWN else None
+        return flat, {p: clipped(flat[p], self.grid(s), logits[p], rank_one(p)) for p, s in self.schemes}
+
+    def fake(self, block: Any, theta: Mapping[str, Any]) -> Any:
+        """The rewritten block with kernels on their grids, dense float32, straight-through."""
+        flat, rounding = self.rounding(block, theta)
+        values = {path: fake_quantize(*rounding[path], self.grid(s)).T for path, s in self.schemes}
+        return unflatten_dict(flat | values, sep="/")
 
     def export(self, block: Any, theta: Mapping[str, Any]) -> Any:
         """The rewritten block in its own dtypes with packed kernels; compensation is absorbed in the codes."""
-        schemes, original = dict(self.schemes), flatten_dict(block, sep="/")
+        flat, rounding = self.rounding(block, theta)
+        original = flatten_dict(block, sep="/")
+        out = {path: value.astype(original[path].dtype) for path, value in flat.items()}
+        for path, scheme in self.schemes:
+            layout, act = Layout.of(out[path].shape, (0,)), self.act(scheme)
+            fields = (self.grid(scheme), layout, out[path].dtype.name, act, scheme.scale_dtype)
+            out[path] = QuantizedArray.encode(*rounding[path], *fields)
+        return unflatten_dict(out, sep="/")
 
-        def pack(path, leaf):
-            dtype = original[path].dtype
-            if not isinstance(leaf, FakeQuantizedArray):
-                return leaf.astype(dtype)
-            return dataclasses.replace(leaf, dtype_name=dtype.name).quantize(schemes[path].scale_dtype)
+    def grid(self, scheme: Scheme) -> Grid:
+        """Grid of a weight."""
+        return balanced(scheme.grid) if self.recipe.bit_balance else scheme.grid
 
-        flat = flatten_dict(self.fake(block, theta), sep="/")
-        return unflatten_dict({path: pack(path, leaf) for path, leaf in flat.items()}, sep="/")
+    def act(self, scheme: Scheme) -> ActivationQuantizer | None:
+        """Quantizer of a weight's inputs."""
+        act = scheme.act
+        return ActivationQuantizer(balanced(act.grid)) if act is not None and self.recipe.bit_balance else act
 
     def runner(self, with_map: bool = False) -> BlockRunner:
-        """Runs the rounded block."""
-        return BlockRunner(self.config, self.recipe.kv_bits, self.recipe.bit_balance, with_map)
+        """Runs the block that `fake` makes, with its activations rounded."""
+        acts = {path.removesuffix("/kernel"): self.act(scheme) for path, scheme in self.schemes}
+        inputs = tuple((path, act.grid) for path, act in acts.items() if act is not None)
+        return BlockRunner(self.config, inputs, self.recipe.kv_bits, self.recipe.bit_balance, with_map)
 
     def __call__(self, theta: Mapping[str, Any], frozen: Any, batch: Any) -> Float[Array, ""]:
         """Loss on a batch (x, y_fp, y_aug, attention_fp) with frozen (block, layer)."""
