@@ -8,7 +8,8 @@ from jax import lax
 
 from jaxcomp.formats import packing
 
-_BLOCK_BYTES = 1 << 20  # a CPU decodes at most this much of a weight at once: its scheduler would expand all layers early
+_BLOCK_BYTES = 1 << 20  # a CPU decodes at most this much of a weight at once
+_SMALL_BYTES = 1 << 14  # not worth a loop
 
 
 def kernel_name(leaf) -> str:
@@ -94,7 +95,11 @@ def _per_row(leaf, n: int) -> tuple[jax.Array, jax.Array]:
 
 
 def _row_block(n: int, k: int) -> int:
-    """Rows decoded at once: all, or the largest divisor of n whose float32 tile fits `_BLOCK_BYTES`."""
-    if n * k * 4 <= _BLOCK_BYTES:
+    """Rows decoded at once: all of a small matrix, else the largest divisor of n that makes two blocks or more of at most
+    `_BLOCK_BYTES`. A loop keeps the decoding of a layer behind that layer's input; without one XLA's CPU scheduler decodes
+    all layers up front.
+    """
+    if n * k * 4 <= _SMALL_BYTES:
         return n
-    return max((r for r in range(1, n + 1) if n % r == 0 and r * k * 4 <= _BLOCK_BYTES), default=1)
+    limit = min(_BLOCK_BYTES, n * k * 2)
+    return max((r for r in range(1, n + 1) if n % r == 0 and r * k * 4 <= limit), default=1)

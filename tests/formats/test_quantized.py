@@ -135,8 +135,9 @@ def test_scale_receives_gradients():
     np.testing.assert_allclose(grad, want, rtol=1e-4, atol=1e-3)
 
 
-def test_peak_memory_stays_near_one_layer():
-    n, layers = 1024, 6
+@pytest.mark.parametrize("n", [128, 1024])
+def test_peak_memory_stays_below_one_layer(n):
+    layers = 6
     leaf = quantized(jax.random.normal(jax.random.key(6), (n, n)))
     tree = [leaf] * layers
 
@@ -147,7 +148,7 @@ def test_peak_memory_stays_near_one_layer():
 
     x = jnp.ones((2, n))
     used = jax.jit(compressed(model)).lower(tree, x).compile().memory_analysis().temp_size_in_bytes
-    assert used < 3 * n * n * 4, f"{used} bytes: {layers} layers of {n * n * 4} bytes were expanded at once"
+    assert used < n * n * 4, f"{used} bytes: {layers} layers of {n * n * 4} bytes were expanded at once"
 
 
 def test_wide_layers_are_decoded_in_blocks():
