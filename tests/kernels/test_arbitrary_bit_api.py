@@ -16,6 +16,7 @@ from pallas_kernels.arbitrary_bit_matmul import (
     quantize_activations,
     reference,
     weight_spec,
+    xla,
 )
 
 
@@ -94,12 +95,12 @@ def test_row_blocks_with_a_tail(monkeypatch):
 @pytest.mark.parametrize(("bits", "groups"), [(4, 1), (4, 8), (3, 1)])
 @pytest.mark.parametrize("act_bits", [None, 8])
 def test_decode_allocates_far_less_than_the_matrix(bits, groups, act_bits):
-    n, k = 2048, 1024
+    n, k = 8192, 1024
     shape = lambda *s, dtype=jnp.float32: jax.ShapeDtypeStruct(s, dtype)
     args = shape(1, k), shape(n, k * bits // 32, dtype=jnp.uint32), shape(n, groups), shape(n, groups)
     f = lambda *a: arbitrary_bit_matmul(*a, bits=bits, act_bits=act_bits)
     temp = jax.jit(f).lower(*args).compile().memory_analysis().temp_size_in_bytes
-    assert temp < 0.75 * n * k
+    assert temp < args[1].size * 4 + 4 * xla.BLOCK_BYTES < n * k
 
 
 def test_batch_axes_and_dtype():
