@@ -35,7 +35,7 @@ from jaxcomp.evaluate.throughput import decoder, paired
 from jaxcomp.io import compressed_tensors, orbax
 from jaxcomp.io.files import CheckpointError
 
-CHECKPOINT, HF = "checkpoint", "hf"
+CHECKPOINT, HF, NOT_WRITTEN = "checkpoint", "hf", "not written"
 DEFAULT_CONFIG = pathlib.Path(configs.lm.__file__).parent / "default.py"
 
 
@@ -62,7 +62,7 @@ class Job(NamedTuple):
 
 
 def compress_lm(job: Job) -> Report:
-    """The whole job: load, score, compress, save, reload, verify, score again, time, report.
+    """The whole job: load, compress, save, reload, verify, export, score, time, report.
 
     Raises:
       CheckpointError: the model cannot be read, or `out` holds something else.
@@ -75,9 +75,10 @@ def compress_lm(job: Job) -> Report:
     identity = facts | {"model_files": experiment.fingerprint(job.model), "windows": text.digest()}
     stages = Stages(job.out, identity, (CHECKPOINT, HF, lm_report.HTML, lm_report.JSON), job.overwrite, say)
 
-    before = stages.run("score the dense model", lambda: score(lm, lm.params, job, text))
     params, made = compressed_params(stages, lm, job, text)
-    exported = stages.run("export to compressed-tensors", lambda: export(lm, params, text, job.out / HF))
+    hf = job.out / HF
+    exported = stages.run("export", lambda: export(lm, params, text, hf), lambda said: NOT_WRITTEN in said or loads(hf))
+    before = stages.run("score the dense model", lambda: score(lm, lm.params, job, text))
     after = stages.run("score the compressed model", lambda: score(lm, params, job, text))
     speed = stages.run("time decoding", lambda: time_decoding(lm, params, job.settings, text))
 
@@ -138,9 +139,10 @@ def compress_and_save(lm: LanguageModel, job: Job, text: Text) -> dict[str, Any]
         params = shard_params(params, lm.mesh)
         for path, reason in not_split(params, lm.mesh).items():
             say(f"  {path}: replicated, {reason}")
+    digest = logits_digest(lm, params, text)
     result = report(lm.params, params, sum(seconds.values()), reference=dense)
     orbax.save(job.out / CHECKPOINT, params, {"settings": describe(job), "model": lm.config.to_hf()}, overwrite=True)
-    return {"report": json.loads(result.to_json()), "seconds": seconds, "logits": logits_digest(lm, params, text)}
+    return {"report": json.loads(result.to_json()), "seconds": seconds, "logits": digest}
 
 
 def reload(lm: LanguageModel, folder: pathlib.Path, text: Text, digest: str) -> Any:
@@ -153,9 +155,13 @@ def reload(lm: LanguageModel, folder: pathlib.Path, text: Text, digest: str) -> 
 
 
 def logits_digest(lm: LanguageModel, params: Any, text: Text) -> str:
-    """Digest of all bits of the logits on two calibration windows."""
-    logits = jax.jit(lm.run)(params, text.calibration[:2])
-    return hashlib.sha256(np.ascontiguousarray(fetch(logits)).tobytes()).hexdigest()
+    """Digest of all bits of the logits on two calibration windows. Raises FloatingPointError if they are not finite."""
+    logits = np.ascontiguousarray(fetch(jax.jit(lm.run)(params, text.calibration[:2])))
+    if not np.isfinite(logits).all():
+        raise FloatingPointError(
+            "the logits of the compressed model are NaN or infinite; check the model, or use more bits"
+        )
+    return hashlib.sha256(logits.tobytes()).hexdigest()
 
 
 def export(lm: LanguageModel, params: Any, text: Text, folder: pathlib.Path) -> str:
@@ -169,11 +175,21 @@ def export(lm: LanguageModel, params: Any, text: Text, folder: pathlib.Path) -> 
             failure = str(error)
     if multihost_utils.broadcast_one_to_all(np.int32(failure is not None)):
         say(f"  not exported: {failure}")
-        return f"not written: {failure}"
+        return f"{NOT_WRITTEN}: {failure}"
     _, again = compressed_tensors.load_pretrained(folder, dtype=lm.module.dtype)
     again = again if lm.mesh is None else shard_params(again, lm.mesh)
     same = logits_digest(lm, again, text) == logits_digest(lm, params, text)
     return f"reloaded logits are {'bit-equal' if same else 'equal up to rounding'}"
+
+
+def loads(folder: pathlib.Path) -> bool:
+    """Whether an exported folder can be read."""
+    try:
+        compressed_tensors.load_pretrained(folder)
+    except CheckpointError as error:
+        say(f"{error}; exporting again")
+        return False
+    return True
 
 
 def time_decoding(lm: LanguageModel, params: Any, settings: ConfigDict, text: Text) -> dict[str, Any]:

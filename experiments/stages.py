@@ -58,8 +58,16 @@ class Stages:
             self._sweep(() if self._results else self._outputs)
         multihost_utils.sync_global_devices("jaxcomp.stages.open")  # all have read before process 0 writes
 
-    def run(self, name: str, work: Callable[[], Any]) -> Any:
-        """The JSON-able result of a stage, recorded or worked out now; with several processes all of them call it."""
+    def run(self, name: str, work: Callable[[], Any], sound: Callable[[Any], bool] = lambda result: True) -> Any:
+        """The JSON-able result of a stage, recorded or worked out now; with several processes all of them call it.
+
+        Args:
+          name: of the stage.
+          work: does it.
+          sound: whether what a recorded result promises is still there; if not, the stage and all after it run again.
+        """
+        if name in self._results and not sound(self._results[name]):
+            self.forget(name)
         if name in self._results:
             self.log(f"{name}: done before")
             return self._results[name]

@@ -66,7 +66,7 @@ def parse_mesh(text: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
             remedy += f", or set XLA_FLAGS=--xla_force_host_platform_device_count={wanted}"
         raise ValueError(f"mesh {text!r}: needs {wanted} devices, found {len(devices)}; {remedy}")
     auto = (AxisType.Auto,) * len(sizes)
-    return jax.make_mesh(sizes, names, auto, devices=devices[:wanted])
+    return jax.make_mesh(sizes, names, axis_types=auto, devices=devices[:wanted])
 
 
 def placement(mesh: Mesh, rules: Sequence[Rule] = RULES) -> Placement:

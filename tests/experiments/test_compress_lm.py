@@ -105,7 +105,7 @@ def test_other_settings_in_the_same_folder_are_refused(done, model):
     assert (out / "stages.json").read_bytes() == before
 
 
-def test_a_damaged_checkpoint_is_made_anew(model, tmp_path, capsys):
+def test_damaged_checkpoints_are_made_anew(model, tmp_path, capsys):
     job = Job(small(), tmp_path / "x", model)
     first = compress_lm(job)
     largest = max((tmp_path / "x" / "checkpoint").rglob("*"), key=lambda p: p.stat().st_size)
@@ -114,6 +114,10 @@ def test_a_damaged_checkpoint_is_made_anew(model, tmp_path, capsys):
     assert "compressing again" in capsys.readouterr().out
     assert again.leaves == first.leaves
     orbax.restore(tmp_path / "x" / "checkpoint")
+    (tmp_path / "x" / "hf" / "config.json").unlink()
+    compress_lm(job)
+    assert "exporting again" in capsys.readouterr().out
+    compressed_tensors.load_pretrained(tmp_path / "x" / "hf")
 
 
 def test_a_scheme_that_the_formats_lack_is_said_and_the_rest_goes_on(model, tmp_path):
@@ -181,7 +185,7 @@ def test_weights_that_overflow_are_an_error_of_the_score(model, tmp_path):
     settings = small(dtype="float16", outlier_channels=2, outlier_factor=1e30)
     with pytest.raises((FloatingPointError, ValueError), match=r"NaN|not finite"):
         compress_lm(Job(settings, tmp_path / "x", model))
-    assert not (tmp_path / "x" / "checkpoint").exists()
+    assert not list((tmp_path / "x").iterdir())  # so that the next run may have other settings
 
 
 KILLED = """
@@ -210,9 +214,9 @@ KILLED = """
 @pytest.mark.parametrize(
     ("where", "finished"),
     [
-        pytest.param("calibration", 1, marks=pytest.mark.slow),
-        ("checkpoint", 1),
-        pytest.param("export", 2, marks=pytest.mark.slow),
+        pytest.param("calibration", 0, marks=pytest.mark.slow),
+        ("checkpoint", 0),
+        pytest.param("export", 1, marks=pytest.mark.slow),
         pytest.param("report", 5, marks=pytest.mark.slow),
     ],
 )
@@ -221,11 +225,12 @@ def test_killed_anywhere_then_run_again(model, tmp_path, where, finished, capsys
     script = textwrap.dedent(KILLED).format(root=str(ROOT), where=where, out=str(out), model=model)
     found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=False)
     assert found.returncode == -signal.SIGKILL, found.stderr
-    assert len(json.loads((out / "stages.json").read_text())["stages"]) == finished
-    if finished < 2:
+    record = out / "stages.json"
+    assert (len(json.loads(record.read_text())["stages"]) if record.exists() else 0) == finished
+    if finished == 0:
         with pytest.raises(CheckpointError):
             orbax.restore(out / "checkpoint")
-    assert finished > 2 or not (out / "hf").exists()
+    assert (out / "hf").exists() == (finished > 1)
     again = compress_lm(Job(small(gptq_w4), out, model))
     assert capsys.readouterr().out.count("done before") == finished
     assert not list(out.glob(".*"))

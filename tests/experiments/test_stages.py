@@ -46,6 +46,14 @@ def test_forgetting_drops_the_stage_and_all_after_it(tmp_path):
     assert [stages.run(name, lambda: 2) for name in "abc"] == [1, 2, 2]
 
 
+def test_an_unsound_result_and_all_after_it_run_again(tmp_path):
+    stages, _ = open_stages(tmp_path)
+    for name in "abc":
+        stages.run(name, lambda: 1)
+    assert stages.run("b", lambda: 2, sound=lambda result: result != 1) == 2
+    assert [stages.run(name, lambda: 3) for name in "abc"] == [1, 2, 3]
+
+
 def test_other_settings_are_refused_with_their_difference(tmp_path):
     open_stages(tmp_path)[0].run("a", lambda: 1)
     with pytest.raises(CheckpointError, match=r"config.bits 4 there and 3 here.*--overwrite"):
