@@ -16,7 +16,7 @@ from jaxcomp.core.transform import Transform, chain, stateless
 from jaxcomp.formats import Grid, QuantizedArray
 from jaxcomp.formats.grid import fake_quantize, qparams
 from jaxcomp.quantize.pairs import LINEAR, LLAMA, Bound, Pair, bind, measure, rescale
-from jaxcomp.quantize.scheme import KERNELS, Target, in_passes, need_data, targets
+from jaxcomp.quantize.scheme import KERNELS, Target, in_passes, need_data, over_batch, targets
 
 _STEPS = 20  # points of both searches
 QUERY_KEY = (Rule("re:(.*/)?(q|k|query|key)/kernel(/value)?"),)
@@ -75,21 +75,15 @@ def search_clip(w: Float[Array, "n k"], grid: Grid, gram: Float[Array, "k k"]) -
     return clipped(best[..., None]).reshape(n, k)
 
 
-def _over_batch(fn, ndim: int):
-    for _ in range(ndim):
-        fn = jax.vmap(fn)
-    return fn
-
-
 @jax.jit
 def _search_scale(weights, grids, mean_abs, gram):
     search = lambda weights, mean_abs, gram: search_scale(weights, grids, mean_abs, gram)[0]
-    return _over_batch(search, gram.ndim - 2)(weights, mean_abs, gram)
+    return over_batch(search, gram.ndim - 2)(weights, mean_abs, gram)
 
 
 @jax.jit
 def _search_clip(w, grid, gram):
-    return _over_batch(lambda w, gram: search_clip(w, grid, gram), w.ndim - 2)(w, gram)
+    return over_batch(lambda w, gram: search_clip(w, grid, gram), w.ndim - 2)(w, gram)
 
 
 def awq_scale(
@@ -158,8 +152,8 @@ def awq(
     """AWQ (Lin et al., MLSys 2024, arXiv 2306.00978, eq. 4-5): activation-aware scaling, clipping and rounding of weights.
 
     Departures: the authors choose rho by the output of the whole attention or MLP block, here by the summed output error of
-    the layers that read the input, exact over all calibration tokens by their Gram matrix. They clip on about 512 tokens.
-    Per-tensor grids (`group_size=-1`) and weights without a Gram matrix (grouped convolutions) are rounded without clipping.
+    the layers that read the input, by its Gram matrix, exact over all calibration tokens. They clip on about 512 tokens, here on
+    all. Per-tensor grids (`group_size=-1`) and weights without a Gram matrix (grouped convolutions) are rounded without clipping.
 
     Args:
       bits: weight bits, 1..8.

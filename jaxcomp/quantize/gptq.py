@@ -6,7 +6,7 @@ import functools
 import itertools
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,7 +20,7 @@ from jaxcomp.core.rules import Rule
 from jaxcomp.core.transform import Transform, stateless
 from jaxcomp.formats import Grid, QuantizedArray
 from jaxcomp.formats.grid import decode, encode, qparams
-from jaxcomp.quantize.scheme import GRAM_BYTES, KERNELS, Target, need_data, targets
+from jaxcomp.quantize.scheme import GRAM_BYTES, KERNELS, Target, need_data, over_batch, targets
 
 _BLOCK = 128  # columns between two lazy updates of the whole matrix
 
@@ -49,9 +49,10 @@ def quantize_matrix(
 ) -> tuple[Float[Array, "n k"], Float[Array, "m g"], Float[Array, "m g"]]:
     """Values on the grid that minimise tr((W - Q) H (W - Q)^T) greedily, their scales and zero points. float32 throughout.
 
-    For column j in order: q_j = Q(w_j), e = (w_j - q_j) / U_jj, W_{:,j:} -= e U_{j,j:}. Columns whose input never fires (H_jj =
-    0) become zero. Group scales come from the current W when its first column is reached, from the original W if
-    `static_groups`; `act_order` visits columns by descending H_jj, and then groups are static. NaN if H is not positive definite.
+    For column j in order: q_j = Q(w_j), e = (w_j - q_j) / U_jj, W_{:,j:} -= e U_{j,j:}. Zeros of W (pruned weights) stay zero;
+    columns whose input never fires (H_jj = 0) become zero. Group scales come from the current W when its first column is
+    reached, from the original W if `static_groups`; `act_order` visits columns by descending H_jj, and then groups are static.
+    NaN if H is not positive definite.
     """
     k = w.shape[1]
     dead = jnp.diag(h) == 0
@@ -59,50 +60,60 @@ def quantize_matrix(
     h = h + jnp.diag(dead.astype(h.dtype))
     order = jnp.argsort(-jnp.diag(h)) if act_order else jnp.arange(k)
     u = inverse_factor(h[order][:, order], damp)
-    round_scale = lambda scale: scale.astype(scale_dtype).astype(jnp.float32)
-    scale, zero = qparams(w, grid)
-    group = order // (k // grid.groups(k))
-    current = grid.group_size > 0 and not (act_order or static_groups)
-    block = grid.group_size if current else min(_BLOCK, k)
-    fresh = functools.partial(qparams, grid=Grid(grid.bits, grid.levels, grid.symmetric)) if current else None
-    values, scale, zero = _sweep(w[:, order], u, round_scale(scale), zero, group, grid, block, fresh, round_scale)
+    groups = order // (k // grid.groups(k))
+
+    def grid_of(w, grid):
+        scale, zero = qparams(w, grid)
+        return scale.astype(scale_dtype).astype(jnp.float32), zero
+
+    row = Grid(grid.bits, grid.levels, grid.symmetric)
+    fresh = None if grid.group_size <= 0 or act_order or static_groups else functools.partial(grid_of, grid=row)
+    values, scale, zero = _sweep(w[:, order], u, *grid_of(w, grid), groups, grid, fresh)
     values = jnp.where(jnp.isfinite(u).all(), values, jnp.nan)
     return values[:, jnp.argsort(order)], scale, zero
 
 
-def _sweep(w, u, scale, zero, group: Int[Array, "k"], grid: Grid, block: int, fresh, round_scale):
-    """Quantizes blocks of columns in order; each is followed by one update of the whole matrix with its stacked errors."""
+def _sweep(w, u, scale, zero, groups: Int[Array, "k"], grid: Grid, fresh: Callable | None):
+    """Quantizes blocks of columns in order; each is followed by one update of the whole matrix with its stacked errors.
+
+    `fresh(block) -> (scale, zero)` makes every block a group with a grid of its own.
+    """
     n, k = w.shape
+    block = grid.group_size if fresh else min(_BLOCK, k)
     pad = -k % block
     w = jnp.pad(w, ((0, 0), (0, pad)))
-    u = jnp.pad(u, ((0, pad), (0, pad))) + jnp.diag(jnp.pad(jnp.zeros(k), (0, pad), constant_values=1.0))
-    blocks = ((k + pad) // block, block)
-    xs = (u.reshape(*blocks, -1), jnp.pad(group, (0, pad)).reshape(blocks), jnp.arange(0, k + pad, block))
+    u = jnp.pad(u, ((0, pad), (0, pad))) + jnp.diag((jnp.arange(k + pad) >= k).astype(u.dtype))
+    kept = (w != 0).reshape(n, -1, block).transpose(1, 0, 2)
+    starts = jnp.arange(0, k + pad, block)
+    xs = (u.reshape(len(starts), block, -1), kept, jnp.pad(groups, (0, pad)).reshape(-1, block), starts)
 
     def step(carry, x):
         w, scale, zero = carry
-        rows, groups, start = x
+        rows, kept, groups, start = x
         part = lax.dynamic_slice_in_dim(w, start, block, 1)
         if fresh is not None:
-            s, z = fresh(part)
-            scale = lax.dynamic_update_slice_in_dim(scale, round_scale(s), groups[0], 1)
-            zero = lax.dynamic_update_slice_in_dim(zero, z, groups[0], 1)
+            new = fresh(jnp.where(kept, part, 0.0))
+            scale, zero = (
+                lax.dynamic_update_slice_in_dim(a, b, groups[0], 1) for a, b in zip((scale, zero), new, strict=True)
+            )
         factor = lax.dynamic_slice_in_dim(rows, start, block, 1)
-        values, errors = _quantize_block(part, factor, scale, zero, groups, grid)
+        values, errors = _quantize_block(part, kept, factor, scale, zero, groups, grid)
         return (w - jnp.matmul(errors, rows, precision=lax.Precision.HIGHEST), scale, zero), values
 
     (_, scale, zero), values = lax.scan(step, (w, scale, zero), xs)
     return values.transpose(1, 0, 2).reshape(n, -1)[:, :k], scale, zero
 
 
-def _quantize_block(w: Float[Array, "n c"], u: Float[Array, "c c"], scale, zero, groups: Int[Array, "c"], grid: Grid):
+def _quantize_block(
+    w: Float[Array, "n c"], kept, u: Float[Array, "c c"], scale, zero, groups: Int[Array, "c"], grid: Grid
+):
     """Values and scaled errors of one block, both [N, C]."""
 
     def column(j, state):
         w, values, errors = state
+        x, keep = (lax.dynamic_slice_in_dim(a, j, 1, 1) for a in (w, kept))
         s, z = (lax.dynamic_slice_in_dim(a, groups[j], 1, 1) for a in (scale, zero))
-        x = lax.dynamic_slice_in_dim(w, j, 1, 1)
-        q = decode(encode(x, s, z, grid), s, z)
+        q = jnp.where(keep, decode(encode(x, s, z, grid), s, z), 0.0)
         e = (x - q) / u[j, j]
         put = lambda a, v: lax.dynamic_update_slice_in_dim(a, v, j, 1)
         return w - e * u[j][None], put(values, q), put(errors, e)
@@ -116,9 +127,7 @@ def _quantize_block(w: Float[Array, "n c"], u: Float[Array, "c c"], scale, zero,
 def _quantize(w, gram, count, grid, damp, **options):
     """`quantize_matrix` with H = 2/T X^T X, over leading batch axes."""
     fn = lambda w, gram, count: quantize_matrix(w, 2 * gram / count, grid, damp=damp, **options)
-    for _ in range(w.ndim - 2):
-        fn = jax.vmap(fn)
-    return fn(w, gram, count)
+    return over_batch(fn, w.ndim - 2)(w, gram, count)
 
 
 _dense = jax.jit(QuantizedArray.materialise)
@@ -136,7 +145,8 @@ def gptq(
 ) -> Transform:
     """GPTQ (Frantar et al., ICLR 2023, arXiv 2210.17323, Algorithm 1): second-order rounding of weights.
 
-    Approximations: `sequential` statistics see the compressed weights of earlier blocks, but not their quantized activations.
+    Pruned weights stay zero. Approximation: `sequential` statistics see the compressed weights of earlier blocks, but not their
+    quantized activations.
     Weights without a Gram matrix (grouped convolutions) are rounded to nearest, with a warning that names them.
 
     Args:

@@ -42,6 +42,7 @@ class Pair:
 
 _QKV = ("*/attn/q/kernel", "*/attn/k/kernel", "*/attn/v/kernel")
 _GATE_UP = ("*/mlp/gate/kernel", "*/mlp/up/kernel")
+# Norms and what reads them, by the names of `jaxcomp.models.Llama`; Gemma's gains are 1 + scale; kernels that feed kernels.
 LLAMA = (Pair("*/attn_norm/scale", _QKV), Pair("*/mlp_norm/scale", _GATE_UP))
 GEMMA = tuple(dataclasses.replace(pair, offset=1.0) for pair in LLAMA)
 LINEAR = (

@@ -134,6 +134,13 @@ def need_data(stats: Any, method: str) -> None:
         )
 
 
+def over_batch(fn: Callable, ndim: int) -> Callable:
+    """`fn` of matrices, over `ndim` leading batch axes."""
+    for _ in range(ndim):
+        fn = jax.vmap(fn)
+    return fn
+
+
 def in_passes(items: Sequence[Any], target: Callable[[Any], Target]) -> Iterator[list[Any]]:
     """Runs of items whose targets' Gram matrices fit `GRAM_BYTES` (at least one item each): each is one pass over the data."""
     run: list[Any] = []

@@ -136,6 +136,16 @@ def test_stored_scales_are_the_scales_that_rounded(toy):
     np.testing.assert_allclose(leaf.matrix(), values, atol=1e-6)
 
 
+@pytest.mark.parametrize("grid", [Grid(4), Grid(3, symmetric=False, group_size=16)], ids=str)
+def test_pruned_weights_stay_zero(grid):
+    w, x = layer()
+    w = np.where(np.random.default_rng(1).random(w.shape) < 0.5, w, 0).astype(np.float32)
+    found = quantize_matrix(jnp.asarray(w), jnp.asarray(hessian(x)), grid)[0]
+    rounded = fake_quantize(jnp.asarray(w), *qparams(jnp.asarray(w), grid), grid)
+    assert not np.asarray(found)[w == 0].any()
+    assert output_error(w, found, x) < 0.95 * output_error(w, rounded, x)
+
+
 class Recorder(Calibration):
     """Calibration that remembers which params it was asked about, and which paths."""
 

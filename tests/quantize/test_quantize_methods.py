@@ -19,30 +19,28 @@ from jaxcomp.quantize.scheme import KERNELS
 
 @dataclasses.dataclass
 class Method:
-    """`make(**options)` builds the transform, `bits` it quantizes to.
+    """`make(**options)` builds the transform, which quantizes to `bits`.
 
-    `scan_options` make an unrolled model follow the path of a scanned one.
+    `one_pass()` builds the one that treats an unrolled model as a scanned one, all layers at once, where `make` does not.
     """
 
     make: Callable
     bits: int = 4
     data: bool = True
-    scan_options: dict = dataclasses.field(default_factory=dict)
+    one_pass: Callable | None = None
+
+
+def _awq_scale_gptq(rules=KERNELS, **gptq_options):
+    shared = dict(rules=rules, group_size=8, symmetric=False)
+    return chain(awq_scale(3, **shared), gptq(3, act_order=True, **shared, **gptq_options))
 
 
 METHODS = {
     "rtn": Method(lambda **o: rtn(4, **o), data=False),
-    "gptq": Method(lambda **o: gptq(4, **o), scan_options={"sequential": False}),
+    "gptq": Method(lambda **o: gptq(4, **o), one_pass=lambda: gptq(4, sequential=False)),
     "awq": Method(lambda **o: awq(4, group_size=8, **o)),
     "smoothquant + rtn": Method(lambda **o: chain(smoothquant(), rtn(8, act_bits=8, **o)), 8),
-    "awq_scale + gptq": Method(
-        lambda **o: chain(
-            awq_scale(3, group_size=8, **{k: v for k, v in o.items() if k != "sequential"}),
-            gptq(3, group_size=8, symmetric=False, act_order=True, **o),
-        ),
-        3,
-        scan_options={"sequential": False},
-    ),
+    "awq_scale + gptq": Method(_awq_scale_gptq, 3, one_pass=lambda: _awq_scale_gptq(sequential=False)),
 }
 DATA_METHODS = [name for name, method in METHODS.items() if method.data]
 
@@ -106,7 +104,7 @@ def test_a_second_run_gives_the_same_bits(name, toy, result):
 def test_scanned_layers_give_what_unrolled_layers_give(name, toy, scanned_toy):
     method = METHODS[name]
     stacked = compressed_leaves(compress(method.make(), scanned_toy.params, scanned_toy.data)[0])
-    single = compressed_leaves(compress(method.make(**method.scan_options), toy.params, toy.data)[0])
+    single = compressed_leaves(compress((method.one_pass or method.make)(), toy.params, toy.data)[0])
     for path, leaf in stacked.items():
         parts = [leaf] if path.startswith("head") else [jax.tree.map(lambda a, i=i: a[i], leaf) for i in (0, 1)]
         for i, part in enumerate(parts):
