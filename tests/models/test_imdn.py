@@ -12,43 +12,12 @@ from jaxcomp.models.imdn import IMDN
 
 
 def torch_imdn():
-    """The network in PyTorch, tensors named as the challenge publishes them."""
+    """The network in PyTorch, tensors named as the challenge publishes them; weights of seed 0."""
     torch = pytest.importorskip("torch")
-    nn, F = torch.nn, torch.nn.functional
-
-    class Block(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv1 = nn.Sequential(nn.Conv2d(64, 64, 3, padding=1), nn.LeakyReLU(0.05))
-            self.conv2 = nn.Sequential(nn.Conv2d(48, 64, 3, padding=1), nn.LeakyReLU(0.05))
-            self.conv3 = nn.Sequential(nn.Conv2d(48, 64, 3, padding=1), nn.LeakyReLU(0.05))
-            self.conv4, self.conv1x1 = nn.Conv2d(48, 16, 3, padding=1), nn.Conv2d(64, 64, 1)
-
-        def forward(self, x):
-            d1, r1 = torch.split(self.conv1(x), (16, 48), dim=1)
-            d2, r2 = torch.split(self.conv2(r1), (16, 48), dim=1)
-            d3, r3 = torch.split(self.conv3(r2), (16, 48), dim=1)
-            return x + self.conv1x1(torch.cat([d1, d2, d3, self.conv4(r3)], dim=1))
-
-    class Skip(nn.Module):
-        def __init__(self, *modules):
-            super().__init__()
-            self.sub = nn.Sequential(*modules)
-
-        def forward(self, x):
-            return x + self.sub(x)
-
-    class Network(nn.Module):
-        def __init__(self):
-            super().__init__()
-            trunk = Skip(*(Block() for _ in range(8)), nn.Conv2d(64, 64, 3, padding=1))
-            self.model = nn.Sequential(nn.Conv2d(3, 64, 3, padding=1), trunk, nn.Conv2d(64, 48, 3, padding=1))
-
-        def forward(self, x):
-            return F.pixel_shuffle(self.model(x), 4)
+    from experiments import torch_sr
 
     torch.manual_seed(0)
-    return Network().eval()
+    return torch_sr.IMDN().eval()
 
 
 def compare(network, path, image):

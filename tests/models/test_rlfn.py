@@ -14,50 +14,12 @@ from jaxcomp.models.sr_blocks import ESA, pixel_shuffle
 
 
 def torch_rlfn(channels, mid, blocks, scale):
-    """The network in PyTorch, tensors named as its authors publish them."""
+    """The network in PyTorch, tensors named as its authors publish them; weights of seed 0."""
     torch = pytest.importorskip("torch")
-    nn, F = torch.nn, torch.nn.functional
-    act = lambda x: F.leaky_relu(x, 0.05)
-
-    class Attention(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv1, self.conv_f = nn.Conv2d(channels, 16, 1), nn.Conv2d(16, 16, 1)
-            self.conv2, self.conv3 = nn.Conv2d(16, 16, 3, stride=2), nn.Conv2d(16, 16, 3, padding=1)
-            self.conv4 = nn.Conv2d(16, channels, 1)
-
-        def forward(self, x):
-            full = self.conv1(x)
-            low = self.conv3(F.max_pool2d(self.conv2(full), kernel_size=7, stride=3))
-            low = F.interpolate(low, size=x.shape[2:], mode="bilinear", align_corners=False)
-            return x * torch.sigmoid(self.conv4(low + self.conv_f(full)))
-
-    class Block(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.c1_r, self.c2_r = nn.Conv2d(channels, mid, 3, padding=1), nn.Conv2d(mid, mid, 3, padding=1)
-            self.c3_r, self.c5 = nn.Conv2d(mid, channels, 3, padding=1), nn.Conv2d(channels, channels, 1)
-            self.esa = Attention()
-
-        def forward(self, x):
-            return self.esa(self.c5(act(self.c3_r(act(self.c2_r(act(self.c1_r(x)))))) + x))
-
-    class Network(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv_1, self.conv_2 = nn.Conv2d(3, channels, 3, padding=1), nn.Conv2d(channels, channels, 3, padding=1)
-            for i in range(blocks):
-                setattr(self, f"block_{i + 1}", Block())
-            self.upsampler = nn.Sequential(nn.Conv2d(channels, 3 * scale**2, 3, padding=1), nn.PixelShuffle(scale))
-
-        def forward(self, x):
-            head = y = self.conv_1(x)
-            for i in range(blocks):
-                y = getattr(self, f"block_{i + 1}")(y)
-            return self.upsampler(self.conv_2(y) + head)
+    from experiments import torch_sr
 
     torch.manual_seed(0)
-    return Network().eval()
+    return torch_sr.RLFN(channels, mid, blocks, scale).eval()
 
 
 def parity(name, network, path, image):
