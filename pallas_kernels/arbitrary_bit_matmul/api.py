@@ -11,12 +11,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from pallas_kernels.arbitrary_bit_matmul import cpu_ffi, layouts, packing, reference, xla
+from pallas_kernels.arbitrary_bit_matmul import cpu_ffi, layouts, packing, reference, tpu, xla
 from pallas_kernels.arbitrary_bit_matmul.activation import ActivationCodes, quantize_activations
 from pallas_kernels.arbitrary_bit_matmul.layouts import Prepared
 from pallas_kernels.arbitrary_bit_matmul.spec import Backend, WeightSpec
 
-BACKENDS: dict[str, Backend] = {b.name: b for b in (xla.BACKEND, cpu_ffi.BACKEND)}
+BACKENDS: dict[str, Backend] = {b.name: b for b in (xla.BACKEND, cpu_ffi.BACKEND, tpu.BACKEND)}
 
 
 class Choice(NamedTuple):
@@ -98,15 +98,22 @@ def prepare(packed: jax.Array, *, k: int, groups: int, bits: int, levels: int = 
     return layouts.convert(_prepared(packed), first, spec)
 
 
-def choose(spec: WeightSpec, x: jax.Array | jax.ShapeDtypeStruct, packed, names: Sequence[str]) -> Choice:
+def choose(spec: WeightSpec, x: jax.Array, packed, names: Sequence[str], convert: bool = True) -> Choice:
     """The first of the named implementations that covers x [M, K] times the weight.
+
+    Args:
+      spec: of the weight.
+      x: activations, or their shape and dtype.
+      packed: the weight, or its shapes.
+      names: in order of preference.
+      convert: whether dense words may be brought to an implementation's layout in every call.
 
     Raises:
       ExceptionGroup: none does; one NotImplementedError each.
     """
     reasons = {}
     for name in names:
-        reason = _refusal(_backend(name), spec, x, packed)
+        reason = _refusal(_backend(name), spec, x, packed, convert)
         if reason is None:
             return Choice(name, reasons)
         reasons[name] = reason
@@ -116,7 +123,7 @@ def choose(spec: WeightSpec, x: jax.Array | jax.ShapeDtypeStruct, packed, names:
 
 def preference() -> dict[str, tuple[str, ...]]:
     """Platform -> implementations in the order in which they are tried without `implementation=`; 'xla' ends every list."""
-    return {"cpu": ("cpu_ffi", "xla") if cpu_ffi.is_built() else ("xla",)}
+    return {"cpu": ("cpu_ffi", "xla") if cpu_ffi.is_built() else ("xla",), "tpu": ("tpu", "xla")}
 
 
 def weight_spec(packed, scale, zero, *, k: int, bits: int, levels: int = 0) -> WeightSpec:
@@ -187,7 +194,7 @@ def _dispatch(x, packed, scale, spec, implementation):
     if implementation is not None:
         names = (implementation,) if isinstance(implementation, str) else implementation
         return _run(choose(spec, x, packed, names).name, x, packed, scale, spec)
-    chosen = {platform: choose(spec, x, packed, names).name for platform, names in preference().items()}
+    chosen = {platform: choose(spec, x, packed, names, False).name for platform, names in preference().items()}
     branches = {p: functools.partial(_run, name, spec=spec) for p, name in chosen.items() if name != "xla"}
     xla_branch = functools.partial(_run, "xla", spec=spec)
     if not branches:
@@ -200,11 +207,12 @@ def _run(name, x, packed, scale, spec):
     return backend.matmul(x, layouts.convert(_prepared(packed), backend.layouts(spec), spec), scale, spec)
 
 
-def _refusal(backend: Backend, spec, x, packed) -> str | None:
+def _refusal(backend: Backend, spec, x, packed, convert) -> str | None:
     known = backend.layouts(spec)
-    if isinstance(packed, Prepared) and packed.layout not in known and backend.name != "xla":
-        return f"the weight is prepared as {packed.layout!r}; expected {' or '.join(map(repr, known))}"
-    return backend.refuse(spec, x)
+    layout = _prepared(packed).layout
+    if layout in known or backend.name == "xla" or (layout == "dense" and convert):
+        return backend.refuse(spec, x)
+    return f"the weight has layout {layout!r}, expected {' or '.join(map(repr, known))}: use `prepare`"
 
 
 def _prepared(packed: jax.Array | Prepared) -> Prepared:

@@ -9,10 +9,12 @@ import pytest
 
 from pallas_kernels.arbitrary_bit_matmul import (
     ActivationCodes,
+    api,
     arbitrary_bit_matmul,
     choose,
     code_matmul,
     pack_dense,
+    prepare,
     quantize_activations,
     reference,
     weight_spec,
@@ -154,3 +156,16 @@ def test_xla_covers_everything_on_cpu():
     _, packed, scale, zero = weight(5, k=95)
     spec = weight_spec(packed, scale, zero, k=95, bits=5)
     assert choose(spec, rows(1, 95), packed, ["xla"]) == ("xla", {})
+
+
+def test_accelerator_kernels_need_a_prepared_weight_and_then_lower_for_their_platform():
+    _, packed, scale, _ = weight(4, n=128, k=256)
+    spec = weight_spec(packed, scale, None, k=256, bits=4)
+    x = rows(2, 256)
+    assert "use `prepare`" in choose(spec, x, packed, api.preference()["tpu"], convert=False).reasons["tpu"]
+    prepared = prepare(packed, k=256, groups=1, bits=4, implementation="tpu")
+    f = jax.jit(lambda w: arbitrary_bit_matmul(x, w, scale, bits=4, act_bits=8))
+    lower = lambda w, platform: f.trace(w).lower(lowering_platforms=(platform,)).as_text()
+    assert "tpu_custom_call" in lower(prepared, "tpu")
+    assert "tpu_custom_call" not in lower(packed, "tpu")
+    assert_near(f(prepared), f(packed))

@@ -86,14 +86,14 @@ def test_refuses_what_xla_does_better():
     assert "17 rows" in cpu_ffi.refuse(spec, jnp.ones((17, 96)))
 
 
-def test_refuses_a_weight_prepared_for_another(monkeypatch):
+def test_refuses_a_weight_prepared_for_another():
     _, weight, scale, spec, _ = problem(3, 1, 8, 128, levels=5)
     base5 = prepare(weight.data, k=128, groups=1, bits=3, levels=5, implementation="cpu_ffi")
     assert base5.layout == "base5"
     y = lambda w, name: arbitrary_bit_matmul(jnp.ones((1, 128)), w, scale, bits=3, levels=5, implementation=name)
     np.testing.assert_array_equal(y(base5, "xla"), y(weight.data, "xla"))
-    other = Prepared(weight.data, "planes")
-    assert "prepared as 'planes'" in api.choose(spec, jnp.ones((1, 128)), other, ["cpu_ffi", "xla"]).reasons["cpu_ffi"]
+    reasons = api.choose(spec, jnp.ones((1, 128)), Prepared(None, "kn_int8"), ["cpu_ffi", "xla"]).reasons
+    assert "layout 'kn_int8', expected 'base5' or 'dense'" in reasons["cpu_ffi"]
 
 
 def test_without_a_compiler_the_reason_is_given(monkeypatch, tmp_path):
