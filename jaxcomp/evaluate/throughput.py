@@ -95,8 +95,7 @@ class Decoder(NamedTuple):
 def decoder(model: Any, params: Any, prompt: Int[Array, "B T"], steps: int) -> Decoder:
     """Compiles greedy decoding of a `Llama` after a prompt; params may hold compressed leaves.
 
-    One program per step, as servers run it. (In one loop on the device, XLA would move the decoding of packed weights in front
-    of the loop, and the loop would read dense weights.)
+    One program per step, its cache donated, as servers run it; a loop on the device would let XLA move work out of the loop.
     """
     variables, prompt = {"params": params}, jnp.asarray(prompt, jnp.int32)
     apply = compressed(model.apply)
