@@ -11,12 +11,14 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from pallas_kernels.arbitrary_bit_matmul import cpu_ffi, layouts, packing, reference, tpu, xla
+from pallas_kernels.arbitrary_bit_matmul import cpu_ffi, gpu_mosaic, gpu_triton, layouts, packing, reference, tpu, xla
 from pallas_kernels.arbitrary_bit_matmul.activation import ActivationCodes, quantize_activations
 from pallas_kernels.arbitrary_bit_matmul.layouts import Prepared
 from pallas_kernels.arbitrary_bit_matmul.spec import Backend, WeightSpec
 
-BACKENDS: dict[str, Backend] = {b.name: b for b in (xla.BACKEND, cpu_ffi.BACKEND, tpu.BACKEND)}
+BACKENDS: dict[str, Backend] = {
+    b.name: b for b in (xla.BACKEND, cpu_ffi.BACKEND, tpu.BACKEND, gpu_mosaic.BACKEND, gpu_triton.BACKEND)
+}
 
 
 class Choice(NamedTuple):
@@ -123,7 +125,8 @@ def choose(spec: WeightSpec, x: jax.Array, packed, names: Sequence[str], convert
 
 def preference() -> dict[str, tuple[str, ...]]:
     """Platform -> implementations in the order in which they are tried without `implementation=`; 'xla' ends every list."""
-    return {"cpu": ("cpu_ffi", "xla") if cpu_ffi.is_built() else ("xla",), "tpu": ("tpu", "xla")}
+    cpu = ("cpu_ffi", "xla") if cpu_ffi.is_built() else ("xla",)
+    return {"cpu": cpu, "tpu": ("tpu", "xla"), "cuda": ("triton", "mosaic_gpu", "xla")}
 
 
 def weight_spec(packed, scale, zero, *, k: int, bits: int, levels: int = 0) -> WeightSpec:

@@ -21,11 +21,13 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int32, UInt8
 
-from pallas_kernels.arbitrary_bit_matmul import five_levels, packing
+from pallas_kernels.arbitrary_bit_matmul import bmma, five_levels, packing
 from pallas_kernels.arbitrary_bit_matmul.spec import WeightSpec
 
 TPU_COLUMNS = 256  # columns of W in a TPU block are a multiple: 8 sublanes of 32 bits
 TPU_ROWS = 128  # rows of W likewise: the lanes
+
+GPU_TILE = 128  # rows and columns of a tile of W on GPU
 
 
 class Layout(NamedTuple):
@@ -49,13 +51,20 @@ def tpu_block(spec: WeightSpec) -> int:
     return 2 * TPU_COLUMNS if spec.groups == 1 else math.lcm(spec.group_size, TPU_COLUMNS)
 
 
-def _pack_integers(dtype, codes, spec):
-    signed = (codes.astype(jnp.int32) - spec.centre).astype(dtype).T
-    return _pad(signed, (tpu_block(spec), TPU_ROWS))
+def _integers_nk(dtype) -> Layout:
+    def pack(codes, spec):
+        return _pad((codes.astype(jnp.int32) - spec.centre).astype(dtype), (GPU_TILE, GPU_TILE))
+
+    return Layout(pack, lambda data, spec: (data[: spec.n, : spec.k].astype(jnp.int32) + spec.centre).astype(jnp.uint8))
 
 
-def _unpack_integers(data, spec):
-    return (data[: spec.k, : spec.n].T.astype(jnp.int32) + spec.centre).astype(jnp.uint8)
+def _integers_kn(dtype) -> Layout:
+    def pack(codes, spec):
+        return _pad((codes.astype(jnp.int32) - spec.centre).astype(dtype).T, (tpu_block(spec), TPU_ROWS))
+
+    return Layout(
+        pack, lambda data, spec: (data[: spec.k, : spec.n].T.astype(jnp.int32) + spec.centre).astype(jnp.uint8)
+    )
 
 
 def _pack_kn_planes(codes: UInt8[Array, "n k"], spec: WeightSpec) -> Int32[Array, "b words n"]:
@@ -85,8 +94,11 @@ LAYOUTS = {
         lambda codes, s: packing.pack_dense(codes, s.bits), lambda w, s: packing.unpack_dense(w, s.bits, s.k)
     ),
     "base5": Layout(lambda codes, s: five_levels.pack_base5(codes), lambda w, s: five_levels.unpack_base5(w, s.k)),
-    "kn_int4": Layout(functools.partial(_pack_integers, jnp.int4), _unpack_integers),
-    "kn_int8": Layout(functools.partial(_pack_integers, jnp.int8), _unpack_integers),
+    "bmma": Layout(lambda codes, s: bmma.pack_weight(codes, s.bits), lambda w, s: bmma.unpack_weight(w, s.n, s.k)),
+    "nk_int4": _integers_nk(jnp.int4),
+    "nk_int8": _integers_nk(jnp.int8),
+    "kn_int4": _integers_kn(jnp.int4),
+    "kn_int8": _integers_kn(jnp.int8),
     "kn_planes": Layout(_pack_kn_planes, _unpack_kn_planes),
 }
 
