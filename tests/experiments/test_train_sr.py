@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs.sr import rlfn, rlfn_ntire, rlfn_tiny
 from configs.sr.recipe import recipe, stage
 from experiments import sr, train_sr
 from jaxcomp.data.images import ImageError, Picture, write_image
@@ -96,6 +97,14 @@ def test_warm_start_keeps_what_fits_and_restarts_the_optimizer():
     assert state.params["upsample"]["kernel"].shape[-1] == 48 and not np.any(state.params["upsample"]["kernel"] == 7)
     assert np.all(state.params["blocks_0"]["conv_0"]["kernel"] == 7) and state.step == 4
     assert all(not np.any(x) for x in jax.tree.leaves(state.opt_state))
+
+
+@pytest.mark.parametrize("module, parameters", [(rlfn, 543_740), (rlfn_ntire, 317_218), (rlfn_tiny, None)])
+def test_configs_end_in_the_networks_that_they_name(module, parameters):
+    stages = train_sr.plan(module.get_config())
+    assert [stage.first for stage in stages[1:]] == [stage.last for stage in stages[:-1]]
+    count = sum(leaf.size for leaf in jax.tree.leaves(param_shapes(stages[-1].model)))
+    assert count == parameters or (parameters is None and count < 30_000)
 
 
 def test_schedules():
