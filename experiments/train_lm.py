@@ -6,7 +6,6 @@ Started again after a kill it goes on from the newest checkpoint of `workdir` an
 """
 
 import functools
-import json
 import os
 import pathlib
 import platform
@@ -29,10 +28,11 @@ from rich.progress import Progress
 from tensorboardX import SummaryWriter
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from experiments.runs import claim
 from jaxcomp.data import text
 from jaxcomp.evaluate.intervals import bootstrap_perplexity
 from jaxcomp.evaluate.perplexity import Perplexity, perplexity
-from jaxcomp.io.files import new_folder, read_json, replacing, write_json
+from jaxcomp.io.files import new_folder, replacing, write_json
 from jaxcomp.io.huggingface import save_pretrained
 from jaxcomp.models.llama import Llama
 from jaxcomp.models.llama_config import LlamaConfig
@@ -164,19 +164,6 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> tuple[Llama, Data, State
             if due(config.checkpoint_every):
                 manager.save(step, args=ocp.args.StandardSave(state))
     return model, data, state
-
-
-def claim(workdir: pathlib.Path, config: ConfigDict) -> None:
-    """Creates `workdir` for a run, or checks that it is this run's."""
-    workdir.mkdir(parents=True, exist_ok=True)
-    file, wanted = workdir / "config.json", json.loads(config.to_json())
-    if not file.exists():
-        with replacing(file) as temporary:
-            write_json(temporary, wanted)
-    found = read_json(file)
-    differ = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
-    if differ:
-        raise ValueError(f"{file}: the run in this folder has another {', '.join(differ)}; choose another workdir")
 
 
 def report(console: Console, log: SummaryWriter, config: ConfigDict, state: State, name: str, value: float) -> None:
