@@ -3,7 +3,7 @@
     JAXCOMP_DATA=FOLDER python -m experiments.sr_speed [--sizes=256x256,339x510] [--rounds=5] [--out=experiments/results]
 
 339 x 510 is a DIV2K validation image at x4. Before it is timed every network must answer as its peer does. PyTorch runs in
-channels-last layout, the faster one here, without torch.compile (which needs a C++ compiler). Needs the extra `parity`.
+channels-last layout, without torch.compile (which needs a C++ compiler). Needs the extra `parity`.
 """
 
 import os
@@ -127,8 +127,8 @@ def departures(found: list[Row]) -> list[str]:
     verdict = f"JAX is slower than PyTorch for {'; '.join(slower)}." if slower else "JAX is faster in every row."
     return [
         verdict,
-        "Both libraries use all cores; where the load exceeds the cores, PyTorch's OpenMP threads wait for each other "
-        "longer than XLA's pool does, which flatters the ratio.",
+        "Both libraries use all cores; where the load exceeds the cores, other processes may disturb their thread pools "
+        "unequally: repeat on an idle machine before relying on a ratio.",
         "The papers' times are of PyTorch on GPUs and are not compared.",
     ]
 
