@@ -96,8 +96,8 @@ def _learn_blocks(recipe, config, params, schemes, tokens, measured, checkpoint_
         data, title = (x_q, y_fp, y_aug, attention_fp), f"{recipe.name} {name} of {config.num_layers}"
         result = reconstruct(student, start, (block, layer), data, optimizer, recipe.epochs, folder, title)
         theta[name], losses[name] = result
-        new[name] = _export(student, block, theta[name])
-        x_fp, x_q = y_fp, _stream(student.runner(), _fake(student, block, theta[name]), layer, x_q)[0]
+        new[name], x_q = _finish(student, block, theta[name], layer, x_q)
+        x_fp = y_fp
     return new, Learned(theta, losses)
 
 
@@ -106,8 +106,10 @@ def _stream(run: BlockRunner, block: Any, layer: Any, xs: Float[Array, "S B T D"
     return jax.lax.map(lambda x: run(block, x, layer), xs)
 
 
-_fake = jax.jit(Student.fake, static_argnums=0)
-_export = jax.jit(Student.export, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
+def _finish(student: Student, block: Any, theta: Any, layer: Any, x_q: Float[Array, "S B T D"]):
+    """The packed block, and the stream of the rounded blocks after it."""
+    return student.export(block, theta), _stream(student.runner(), student.fake(block, theta), layer, x_q)[0]
 
 
 @functools.cache
