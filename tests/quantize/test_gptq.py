@@ -14,9 +14,11 @@ from jaxcomp.core.transform import compress
 from jaxcomp.formats import Grid
 from jaxcomp.formats.grid import fake_quantize, qparams
 from jaxcomp.quantize import gptq, rtn
-from jaxcomp.quantize.gptq import inverse_factor, quantize_matrix
+
+gptq_math = importlib.import_module("jaxcomp.quantize.gptq")  # the package's attribute of that name is the transform
 
 N, K, T = 24, 144, 500
+quantize_matrix = jax.jit(gptq_math.quantize_matrix, static_argnames=("act_order", "static_groups", "scale_dtype"))
 
 
 def layer(seed=0, dead=()):
@@ -76,7 +78,7 @@ def test_inverse_factor_is_the_upper_cholesky_factor_of_the_inverse(damp):
     h = hessian(layer()[1]).astype(np.float64)
     damped = h + damp * np.diag(h).mean() * np.eye(K)
     want = np.linalg.cholesky(np.linalg.inv(damped)).T
-    found = inverse_factor(jnp.asarray(h, jnp.float32), damp)
+    found = gptq_math.inverse_factor(jnp.asarray(h, jnp.float32), damp)
     np.testing.assert_allclose(found, want, atol=2e-5 * np.abs(want).max())
 
 
@@ -175,7 +177,7 @@ def test_statistics_come_from_the_compressed_prefix(toy, recorder):
 
 def test_large_gram_matrices_are_taken_block_by_block(toy, recorder, monkeypatch):
     want = compress(gptq(3), toy.params, toy.data)[0]
-    monkeypatch.setattr(importlib.import_module("jaxcomp.quantize.gptq"), "GRAM_BYTES", 1)
+    monkeypatch.setattr(gptq_math, "GRAM_BYTES", 1)
     found = compress(gptq(3), toy.params, recorder)[0]
     first = [sorted({p.split("/")[0] for p in observed}) for _, observed in recorder.asked]
     assert first == [["blocks_0"], ["blocks_1"], ["head"]]
