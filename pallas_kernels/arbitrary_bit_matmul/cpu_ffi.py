@@ -28,7 +28,8 @@ from pallas_kernels.arbitrary_bit_matmul.layouts import Prepared
 from pallas_kernels.arbitrary_bit_matmul.spec import Backend, WeightSpec
 
 SOURCE = pathlib.Path(__file__).with_name("cpu_ffi.cc")
-MAX_ROWS = 16  # above, XLA's int8 product is faster
+DIGITS = 3
+MAX_ROWS = 16  # int8 rows above which XLA's product is faster
 _TARGET = "pallas_kernels_arbitrary_bit_matmul"
 _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-march=native", "-w")
 
@@ -38,15 +39,16 @@ def matmul(x: jax.Array, weight: Prepared, scale: Float[Array, "n g"], spec: Wei
     _register()
     if x.dtype == jnp.int8:
         return _call(x, weight, scale, spec)
-    digits, scales = split_digits(x.astype(jnp.float32))
+    digits, scales = split_digits(x.astype(jnp.float32), DIGITS)
     y = _call(digits.reshape(-1, spec.k), weight, scale, spec)
     return join_digits(y.reshape(*digits.shape[:2], -1), scales)
 
 
 def refuse(spec: WeightSpec, x: jax.Array) -> str | None:
     """Why the kernel does not cover a problem, or None."""
-    if x.shape[0] > MAX_ROWS:
-        return f"{x.shape[0]} rows; it is for at most {MAX_ROWS}, XLA is faster above"
+    most = MAX_ROWS if x.dtype == jnp.int8 else MAX_ROWS // DIGITS
+    if x.shape[0] > most:
+        return f"{x.shape[0]} rows of {x.dtype}; it is for at most {most}, XLA is faster above"
     if spec.groups > 1 and spec.group_size % 64:
         return f"groups of {spec.group_size} columns; it takes multiples of 64, or one group"
     return None if is_built() or _compiler() else "no C++ compiler found (set CXX)"

@@ -9,6 +9,8 @@ ends after ceil(K b / 32) words (the `pack-quantized` layout of compressed-tenso
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -20,11 +22,13 @@ def dense_words(k: int, bits: int) -> int:
     return -(-k * bits // 32)
 
 
+@functools.partial(jax.jit, static_argnames=("bits",))
 def pack_dense(codes: UInt8[Array, "*rows k"], bits: int) -> UInt32[Array, "*rows words"]:
     """Dense words of codes < 2**bits. Raises ValueError for bits outside 1..8."""
     return _bits_to_words(code_bits(codes, bits).reshape(*codes.shape[:-1], -1))
 
 
+@functools.partial(jax.jit, static_argnames=("bits", "k"))
 def unpack_dense(words: UInt32[Array, "*rows words"], bits: int, k: int) -> UInt8[Array, "*rows k"]:
     """Codes of dense words. Raises ValueError for bits outside 1..8, or a word count that does not fit k."""
     check_bits(bits)
@@ -33,11 +37,13 @@ def unpack_dense(words: UInt32[Array, "*rows words"], bits: int, k: int) -> UInt
     return bits_to_codes(_words_to_bits(words, k * bits).reshape(*words.shape[:-1], k, bits))
 
 
+@functools.partial(jax.jit, static_argnames=("bits",))
 def pack_planes(codes: UInt8[Array, "*rows k"], bits: int) -> UInt32[Array, "b *rows words"]:
     """Bit planes of codes < 2**bits, plane outermost."""
     return _bits_to_words(jnp.moveaxis(code_bits(codes, bits), -1, 0))
 
 
+@functools.partial(jax.jit, static_argnames=("k",))
 def unpack_planes(planes: UInt32[Array, "b *rows words"], k: int) -> UInt8[Array, "*rows k"]:
     """Codes of bit planes; their number is the leading size."""
     return bits_to_codes(jnp.moveaxis(_words_to_bits(planes, k), 0, -1))
