@@ -231,6 +231,7 @@ void tile(const Product& p, const Codec& codec, const Sums* start, int64_t n) {
       const uint8_t* w = p.w + n * p.stride + c * codec.step();
       const int8_t* x = p.x + c * kCodes;
       each<R>([&](int r) {
+        __builtin_prefetch(w + (r + 2 * R) * p.stride);  // hardware does not follow short rows into the next ones
         Codes u[Codec::kRuns];
         codec(w + r * p.stride, p.stride - c * codec.step(), u);
         each<Codec::kRuns * M>([&](int i) { d[r * M + i % M] = dot(d[r * M + i % M], u[i / M], x + (i % M * Codec::kRuns + i / M) * run); });
