@@ -1,13 +1,13 @@
-"""Round to nearest, 4 bits, a scale per 32 inputs: the quickest run of the whole job.
+"""The default of `experiments.compress_lm`: GPTQ, W4A16 in groups of 32, see configs/lm/gptq_w4.py.
 
 python -m experiments.compress_lm
-
-Expected on the embedded model: see configs/lm/rtn_w4.py; one minute on two CPU cores.
 """
 
-from configs.lm import rtn_w4
+from ml_collections import ConfigDict
+
+from configs.lm import gptq_w4
 
 
-def get_config():
+def get_config() -> ConfigDict:
     """Every setting of the run."""
-    return rtn_w4.get_config()
+    return gptq_w4.get_config()

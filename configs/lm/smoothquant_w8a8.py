@@ -29,6 +29,6 @@ def get_config() -> ConfigDict:
             bits=8,
             act_bits=8,
             group_size=0,
-            scale_dtype="float32",
+            scale_dtype="float16",
         )
     )

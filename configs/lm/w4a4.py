@@ -33,7 +33,7 @@ def get_config() -> ConfigDict:
             bits=4,
             act_bits=4,
             group_size=0,
-            scale_dtype="float32",
+            scale_dtype="float16",
             damp=0.01,
         )
     )
