@@ -47,10 +47,10 @@ def learned(
 ) -> Transform:
     """The transform of a recipe: blocks in order, each from the float stream and from that of the rounded blocks before it.
 
-    Calibration is in float32 whatever the dtype of model and params, and holds, besides one block, four activations [D] of every
-    calibration token and, where attention enters the loss, one map [T, T] of every sequence. `stats.batches` are tokens [B,
-    T], and `stats.apply` is that of the model. Rules name kernels of the unrolled tree (`blocks_3/mlp/up/kernel`), for scanned
-    layers too. The state is a `Learned`.
+    Calibration is in float32 whatever the dtype of model and params. It holds, besides one block, four activations [D] of every
+    calibration token and, where attention enters the loss, one map [T, T] of every sequence. `stats.batches` are tokens [B, T],
+    `stats.apply` is that of the model. Rules name kernels of the unrolled tree (`blocks_3/mlp/up/kernel`), for scanned layers
+    too. The state is a `Learned`.
 
     Args:
       recipe: the method.
