@@ -12,18 +12,21 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels.arbitrary_bit_matmul.layouts import Prepared
 from pallas_kernels.arbitrary_bit_matmul.spec import Backend, WeightSpec
+
+try:
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+except ImportError as error:  # jaxlib is built without it on some systems
+    plgpu, _missing = None, f"this jax has no Mosaic GPU ({error})"
 
 MIN_ROWS = 16  # below, products are bound by memory and `triton` or `xla` is the better choice
 _BLOCK_N = 128  # rows of W in a tile: two `wgmma` of 64
 _BLOCK_M = 64  # rows of x
 _BLOCK_K = 128
 _STAGES = 4
-_WARPGROUP = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup)
 
 
 def matmul(
@@ -45,6 +48,10 @@ def matmul(
 
 def refuse(spec: WeightSpec, x: jax.Array) -> str | None:
     """Why the kernel does not cover a problem, or None."""
+    if plgpu is None:
+        return _missing
+    if jax.default_backend() == "gpu" and not jax.devices()[0].compute_capability.startswith("9."):
+        return f"compute capability {jax.devices()[0].compute_capability}; `wgmma` is of 9.0 (Hopper)"
     if x.dtype not in (jnp.int8, jnp.bfloat16):
         return f"activations of {x.dtype}; it takes int8 and bfloat16"
     if x.shape[0] < MIN_ROWS:
@@ -83,7 +90,7 @@ def _call(x, w, scales, block_k, grouped, staged):
         grid=(rows // _BLOCK_N, m // _BLOCK_M),
         grid_names=("n", "m"),
         scratch_types=scratch,
-        compiler_params=_WARPGROUP,
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
     )
     return kernel(w, scales, x)
 
