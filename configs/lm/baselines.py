@@ -3,6 +3,8 @@
 python -m experiments.lm_baselines
 
 Rebuilds experiments/results/lm_baselines.json and .md. With JAXCOMP_DATA set it scores WikiText-2, too.
+Expected: GPTQ and AWQ below round to nearest at 4 and 3 bits; with outliers, W4A4 perplexity 1372 by round to nearest and 27
+by SmoothQuant (full precision: 23). 18 minutes on two busy CPU cores.
 """
 
 from ml_collections import ConfigDict

@@ -1,6 +1,9 @@
 """Round to nearest (the baseline of every paper on quantization), W4A16 in groups of 32.
 
 python -m experiments.compress_lm --config=configs/lm/rtn_w4.py
+
+Expected on the embedded model: perplexity 23.04 -> 23.49 (paired ratio 1.020), 4.50 bits per weight with scales;
+three quarters of a minute on two CPU cores.
 """
 
 from ml_collections import ConfigDict

