@@ -34,6 +34,7 @@ from jaxcomp.core.transform import compress
 from jaxcomp.evaluate.throughput import decoder, paired
 from jaxcomp.io import compressed_tensors, orbax
 from jaxcomp.io.files import CheckpointError
+from pallas_kernels.arbitrary_bit_matmul import cpu_ffi
 
 CHECKPOINT, HF, NOT_WRITTEN = "checkpoint", "hf", "not written"
 DEFAULT_CONFIG = pathlib.Path(configs.lm.__file__).parent / "default.py"
@@ -224,6 +225,15 @@ def time_decoding(lm: LanguageModel, params: Any, settings: ConfigDict, text: Te
     return {"decoding": rows, "decoding_paired": facts}
 
 
+def build_native_kernel() -> None:
+    """Builds the C++ product for few rows where it can be used: on a CPU, with one device, with a compiler."""
+    if jax.default_backend() == "cpu" and jax.device_count() == 1:
+        try:
+            cpu_ffi.build()
+        except RuntimeError as error:
+            say(f"decoding in plain XLA, which is slower: {str(error).splitlines()[0]}")
+
+
 def say(line: str) -> None:
     """Prints a line, once for all processes."""
     if jax.process_index() == 0:
@@ -242,6 +252,9 @@ def define_flags() -> None:
     )
     flags.DEFINE_string("calibration_text", None, "UTF-8 file to calibrate on instead of what belongs to --text.")
     flags.DEFINE_string("mesh", None, "Devices, like data:2,model:4; without it one device.")
+    flags.DEFINE_boolean(
+        "native_kernel", True, "On CPU, build the C++ kernel that decodes faster, once, if g++ is there."
+    )
     flags.DEFINE_boolean("overwrite", False, "Discard what a run with other settings left in --out.")
     flags.DEFINE_string(
         "coordinator", None, "host:port of process 0 of several, or 'auto' on a cluster that JAX knows."
@@ -259,6 +272,8 @@ def main(argv) -> None:
     try:
         initialize_distributed(f.coordinator, f.num_processes, f.process_id)
         mesh = parse_mesh(f.mesh) if f.mesh else None
+        if f.native_kernel:
+            build_native_kernel()
         job = Job(f.config, pathlib.Path(f.out), f.model, f.text, f.calibration_text, mesh, f.overwrite)
         result = compress_lm(job)
     except (ValueError, OSError, FloatingPointError) as error:

@@ -45,11 +45,12 @@ def folder_bytes(folder: pathlib.Path) -> int:
 
 
 def kernels(lm: LanguageModel, params: Any, text: Text) -> list[dict[str, Any]]:
-    """Which kernel consumes how many leaves, by `explain`."""
-    leaves: dict[tuple[str, str], set[str]] = {}
-    for event in explain(lm.apply, params, shape_structs(text.calibration[:1])).events:
-        leaves.setdefault((event.primitive, event.kernel), set()).add(event.leaf)
-    return [{"primitive": p, "kernel": k, "leaves": len(found)} for (p, k), found in leaves.items()]
+    """Which kernel consumes how many leaves, for a window and for one token, by `explain`."""
+    leaves: dict[tuple[str, str, str], set[str]] = {}
+    for tokens, window in {"a window": text.calibration[:1], "one token": text.calibration[:1, :1]}.items():
+        for event in explain(lm.apply, params, shape_structs(window)).events:
+            leaves.setdefault((tokens, event.primitive, event.kernel), set()).add(event.leaf)
+    return [{"of": t, "primitive": p, "kernel": k, "leaves": len(found)} for (t, p, k), found in leaves.items()]
 
 
 def write(result: Report, out: pathlib.Path) -> None:

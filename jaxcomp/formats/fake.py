@@ -56,8 +56,9 @@ class FakeQuantizedArray(MatrixLeaf):
         """Values on the grid."""
         return g.fake_quantize(self.value, *self.qparams(), self.grid)
 
-    def kernel_name(self) -> str:
+    def kernel_name(self, rows: int | None = None) -> str:
         """What `explain` prints for a contraction."""
+        del rows
         return f"fake_matmul[w{self.grid.bits}{f'a{self.act.grid.bits}' if self.act else ''}]"
 
     def quantize(self, scale_dtype=None) -> QuantizedArray:

@@ -64,9 +64,9 @@ class LowRankArray(MatrixLeaf):
         base = self.base.matrix() if isinstance(self.base, QuantizedArray) else self.base.astype(jnp.float32)
         return lax.stop_gradient(base) + self.alpha * (self.up @ self.down)
 
-    def kernel_name(self) -> str:
+    def kernel_name(self, rows: int | None = None) -> str:
         """What `explain` prints for a contraction."""
-        inner = self.base.kernel_name() if isinstance(self.base, QuantizedArray) else "dense"
+        inner = self.base.kernel_name(rows) if isinstance(self.base, QuantizedArray) else "dense"
         return f"low_rank_matmul[r{self.down.shape[-2]}]+{inner}"
 
     def merge(self) -> jax.Array:

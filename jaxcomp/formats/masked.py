@@ -66,8 +66,9 @@ class MaskedArray(MatrixLeaf):
         grouped = self.value.reshape(*self.value.shape[:-1], -1, self.group_size).astype(jnp.float32)
         return jnp.where(self.keep()[..., None], grouped, 0.0).reshape(self.value.shape)
 
-    def kernel_name(self) -> str:
+    def kernel_name(self, rows: int | None = None) -> str:
         """What `explain` prints for a contraction."""
+        del rows
         return f"masked_matmul[g{self.group_size}]"
 
 

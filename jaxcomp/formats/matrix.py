@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import math
 from collections.abc import Callable
 
 import jax
@@ -28,8 +29,8 @@ class MatrixLeaf(CompressedArray):
         """Values as float32 [*batch, N, K]."""
 
     @abc.abstractmethod
-    def kernel_name(self) -> str:
-        """What `explain` prints when a contraction consumes this leaf without materialising it."""
+    def kernel_name(self, rows: int | None = None) -> str:
+        """What `explain` prints when a contraction with `rows` vectors consumes this leaf without materialising it."""
 
     @property
     def batch_ndim(self) -> int:
@@ -88,7 +89,8 @@ def register_matrix_leaf(leaf_type: type, matmul: Callable, partner: Callable | 
     def dot(x, leaf, dims):
         out = contract(x, leaf, dims, matmul)
         if out is not NotImplemented:
-            tape.event(leaf.name, "dot_general", leaf.kernel_name(), leaf.shape)
+            rows = x.size // math.prod((*leaf.batch_shape, leaf.layout.matrix_shape[1]))
+            tape.event(leaf.name, "dot_general", leaf.kernel_name(rows), leaf.shape)
         return out
 
     def conv(x, leaf, spec, run, params):

@@ -112,9 +112,9 @@ class QuantizedArray(MatrixLeaf):
         """Values as float32 [*batch, N, K]."""
         return g.decode(self.codes(), self.scale, self.zero())
 
-    def kernel_name(self) -> str:
-        """What `explain` prints for a contraction."""
-        return kernel_name(self)
+    def kernel_name(self, rows: int | None = None) -> str:
+        """What `explain` prints for a contraction with `rows` vectors."""
+        return kernel_name(self, rows)
 
     def slice_rows(self, start, size: int):
         """`size` entries of the first logical axis from `start` (may be traced), where that is the only row axis."""

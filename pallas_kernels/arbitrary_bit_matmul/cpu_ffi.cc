@@ -39,9 +39,27 @@ inline Floats zero_floats() { return _mm512_setzero_ps(); }
 inline Codes constant(uint8_t c) { return _mm512_set1_epi8(static_cast<char>(c)); }
 inline Sums dot(Sums d, Codes u, const int8_t* x) { return _mm512_dpbusd_epi32(d, u, _mm512_loadu_si512(x)); }
 inline Sums negated(Sums d) { return _mm512_sub_epi32(zero_sums(), d); }
-inline Floats add_scaled(Floats y, Sums d, float s) { return _mm512_fmadd_ps(_mm512_cvtepi32_ps(d), _mm512_set1_ps(s), y); }
+inline Floats add_scaled(Floats y, Sums d, Floats s) { return _mm512_fmadd_ps(_mm512_cvtepi32_ps(d), s, y); }
 inline float total(Floats y) { return _mm512_reduce_add_ps(y); }
 inline int32_t total(Sums d) { return _mm512_reduce_add_epi32(d); }
+
+// The scales of a vector of codes that spans `count` groups, each beside the sums of its group; zero from `left` on.
+class Spread {
+ public:
+  explicit Spread(int64_t count) : count_(count) {
+    alignas(64) int32_t source[16];
+    for (int i = 0; i < 16; ++i) source[i] = static_cast<int32_t>(i * count / 16);
+    source_ = _mm512_load_si512(source);
+  }
+  Floats operator()(const float* s, int64_t left) const {
+    const auto mask = static_cast<__mmask16>((1u << std::min(count_, left)) - 1);
+    return _mm512_permutexvar_ps(source_, _mm512_maskz_loadu_ps(mask, s));
+  }
+
+ private:
+  int64_t count_;
+  __m512i source_;
+};
 
 class Unpacker {
  public:
@@ -104,8 +122,8 @@ inline Sums negated(Sums d) {
   for (auto& v : d.v) v = -v;
   return d;
 }
-inline Floats add_scaled(Floats y, const Sums& d, float s) {
-  for (int i = 0; i < 16; ++i) y.v[i] += static_cast<float>(d.v[i]) * s;
+inline Floats add_scaled(Floats y, const Sums& d, const Floats& s) {
+  for (int i = 0; i < 16; ++i) y.v[i] += static_cast<float>(d.v[i]) * s.v[i];
   return y;
 }
 inline float total(const Floats& y) {
@@ -118,6 +136,19 @@ inline int32_t total(const Sums& d) {
   for (int32_t v : d.v) sum += v;
   return sum;
 }
+
+class Spread {
+ public:
+  explicit Spread(int64_t count) : count_(count) {}
+  Floats operator()(const float* s, int64_t left) const {
+    Floats scales;
+    for (int64_t i = 0; i < 16; ++i) scales.v[i] = i * count_ / 16 < left ? s[i * count_ / 16] : 0;
+    return scales;
+  }
+
+ private:
+  int64_t count_;
+};
 
 class Unpacker {
  public:
@@ -191,16 +222,17 @@ struct Product {
   const float* scale;
   float* y;  // [rows, n]
   int64_t n, groups, chunks, stride;  // chunks of 64 codes in a run; bytes of a weight row
+  int64_t segments, spread;           // runs of chunks that are summed before they are scaled; groups within one
 };
 
-// Sums at the start of every group: -centre times the activations, so that sums are of x (u - centre).
+// Sums at the start of every segment: -centre times the activations, so that sums are of x (u - centre).
 template <int M, class Codec>
 std::vector<Sums> starts(const Product& p, uint8_t centre) {
-  std::vector<Sums> start(M * p.groups, zero_sums());
-  const int64_t per_group = p.chunks / p.groups;
+  std::vector<Sums> start(M * p.segments, zero_sums());
+  const int64_t length = p.chunks / p.segments;
   for (int64_t m = 0; m < M; ++m)
     for (int64_t c = 0; c < Codec::kRuns * p.chunks; ++c) {
-      Sums& s = start[m * p.groups + c % p.chunks / per_group];
+      Sums& s = start[m * p.segments + c % p.chunks / length];
       s = dot(s, constant(centre), p.x + (m * Codec::kRuns * p.chunks + c) * kCodes);
     }
   for (auto& s : start) s = negated(s);
@@ -220,14 +252,14 @@ template <int N, class F>
 
 // Outputs n .. n + R - 1 of M activation rows.
 template <int M, int R, class Codec>
-void tile(const Product& p, const Codec& codec, const Sums* start, int64_t n) {
+void tile(const Product& p, const Codec& codec, const Spread& spread, const Sums* start, int64_t n) {
   Floats y[R * M];
   Sums d[R * M];
   each<R * M>([&](int i) { y[i] = zero_floats(); });
-  const int64_t per_group = p.chunks / p.groups, run = p.chunks * kCodes;
-  for (int64_t g = 0; g < p.groups; ++g) {
-    each<R * M>([&](int i) { d[i] = start[i % M * p.groups + g]; });
-    for (int64_t c = g * per_group; c < (g + 1) * per_group; ++c) {
+  const int64_t length = p.chunks / p.segments, run = p.chunks * kCodes;
+  for (int64_t t = 0; t < p.segments; ++t) {
+    each<R * M>([&](int i) { d[i] = start[i % M * p.segments + t]; });
+    for (int64_t c = t * length; c < (t + 1) * length; ++c) {
       const uint8_t* w = p.w + n * p.stride + c * codec.step();
       const int8_t* x = p.x + c * kCodes;
       each<R>([&](int r) {
@@ -237,7 +269,12 @@ void tile(const Product& p, const Codec& codec, const Sums* start, int64_t n) {
         each<Codec::kRuns * M>([&](int i) { d[r * M + i % M] = dot(d[r * M + i % M], u[i / M], x + (i % M * Codec::kRuns + i / M) * run); });
       });
     }
-    if (p.groups > 1) each<R * M>([&](int i) { y[i] = add_scaled(y[i], d[i], p.scale[(n + i / M) * p.groups + g]); });
+    if (p.groups == 1) continue;
+    const int64_t g = t * p.spread;
+    each<R>([&](int r) {
+      const Floats scale = spread(p.scale + (n + r) * p.groups + g, p.groups - g);
+      each<M>([&](int m) { y[r * M + m] = add_scaled(y[r * M + m], d[r * M + m], scale); });
+    });
   }
   each<R * M>([&](int i) {
     const int64_t row = n + i / M;
@@ -265,10 +302,11 @@ template <int M, class Codec>
 void multiply(ffi::ThreadPool& pool, const Product& p, const Codec& codec, uint8_t centre) {
   constexpr int R = M == 1 ? 4 : Codec::kRuns == 1 || M == 2 ? 2 : 1;  // as many as registers hold
   const auto start = starts<M, Codec>(p, centre);
+  const Spread spread(p.spread);
   parallel(pool, p.n, 64, [&](int64_t begin, int64_t end) {
     int64_t n = begin;
-    for (; n + R <= end; n += R) tile<M, R>(p, codec, start.data(), n);
-    for (; n < end; ++n) tile<M, 1>(p, codec, start.data(), n);
+    for (; n + R <= end; n += R) tile<M, R>(p, codec, spread, start.data(), n);
+    for (; n < end; ++n) tile<M, 1>(p, codec, spread, start.data(), n);
   });
 }
 
@@ -287,12 +325,16 @@ void multiply_rows(ffi::ThreadPool& pool, Product p, const Codec& codec, uint8_t
 }
 
 ffi::Error run(ffi::ThreadPool pool, ffi::Buffer<ffi::S8> x, ffi::Buffer<ffi::U32> w, ffi::Buffer<ffi::F32> scale,
-               ffi::ResultBuffer<ffi::F32> y, int64_t bits, int64_t centre, bool base5) {
+               ffi::ResultBuffer<ffi::F32> y, int64_t bits, int64_t centre, int64_t group, bool base5) {
   const auto xs = x.dimensions(), ws = w.dimensions(), ss = scale.dimensions();
-  if (xs.size() != 3 || ws.size() != 2 || ss.size() != 2 || xs[1] != (base5 ? 3 : 1) || xs[2] % (kCodes * ss[1]) || (base5 && ss[1] != 1))
-    return ffi::Error::InvalidArgument("expected x [M, runs, K] with K / groups a multiple of 64, w [N, words], scale [N, groups]");
+  if (xs.size() != 3 || ws.size() != 2 || ss.size() != 2 || xs[1] != (base5 ? 3 : 1) || xs[2] % kCodes || (base5 && ss[1] != 1))
+    return ffi::Error::InvalidArgument("expected x [M, runs, K] with K a multiple of 64, w [N, words], scale [N, groups]");
+  const int64_t groups = ss[1], chunks = xs[2] / kCodes, spread = std::max<int64_t>(1, groups > 1 ? kCodes / group : 1);
+  const int64_t segments = (groups + spread - 1) / spread;
+  if (chunks % segments || (groups > 1 && (spread > 1 ? kCodes % group || group % 4 : group % kCodes || chunks * kCodes != groups * group)))
+    return ffi::Error::InvalidArgument("expected groups of 4, 8, 16, 32 or a multiple of 64 columns");
   Product p{x.typed_data(), reinterpret_cast<const uint8_t*>(w.typed_data()), scale.typed_data(), y->typed_data(),
-            ws[0], ss[1], xs[2] / kCodes, 4 * ws[1]};
+            ws[0], groups, chunks, 4 * ws[1], segments, spread};
   if (base5)
     multiply_rows(pool, p, Base5(bits), static_cast<uint8_t>(centre), xs[0]);
   else
@@ -305,4 +347,4 @@ ffi::Error run(ffi::ThreadPool pool, ffi::Buffer<ffi::S8> x, ffi::Buffer<ffi::U3
 XLA_FFI_DEFINE_HANDLER_SYMBOL(ArbitraryBitMatmul, run,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::Buffer<ffi::S8>>().Arg<ffi::Buffer<ffi::U32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>().Ret<ffi::Buffer<ffi::F32>>().Attr<int64_t>("bits")
-                                  .Attr<int64_t>("centre").Attr<bool>("base5"));
+                                  .Attr<int64_t>("centre").Attr<int64_t>("group").Attr<bool>("base5"));

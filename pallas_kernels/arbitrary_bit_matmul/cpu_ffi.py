@@ -49,8 +49,8 @@ def refuse(spec: WeightSpec, x: jax.Array) -> str | None:
     most = MAX_ROWS if x.dtype == jnp.int8 else MAX_ROWS // DIGITS
     if x.shape[0] > most:
         return f"{x.shape[0]} rows of {x.dtype}; it is for at most {most}, XLA is faster above"
-    if spec.groups > 1 and spec.group_size % 64:
-        return f"groups of {spec.group_size} columns; it takes multiples of 64, or one group"
+    if spec.groups > 1 and spec.group_size % 64 and spec.group_size not in (4, 8, 16, 32):
+        return f"groups of {spec.group_size} columns; it takes 4, 8, 16, 32, multiples of 64, or one group"
     return None if is_built() or _compiler() else "no C++ compiler found (set CXX)"
 
 
@@ -95,7 +95,8 @@ def _call(x: Int8[Array, "m k"], weight: Prepared, scale, spec: WeightSpec) -> F
     base5 = weight.layout == "base5"
     runs = packing.pad_last(x, 3 if base5 else 1).reshape(x.shape[0], 3 if base5 else 1, -1)
     call = jax.ffi.ffi_call(_TARGET, jax.ShapeDtypeStruct((x.shape[0], spec.n), jnp.float32), vmap_method="sequential")
-    return call(packing.pad_last(runs, 64), weight.data, scale, bits=spec.bits, centre=spec.centre, base5=base5)
+    static = dict(bits=spec.bits, centre=spec.centre, group=spec.group_size, base5=base5)
+    return call(packing.pad_last(runs, 64), weight.data, scale, **static)
 
 
 @functools.cache

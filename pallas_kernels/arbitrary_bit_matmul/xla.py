@@ -21,7 +21,8 @@ from pallas_kernels.arbitrary_bit_matmul.activation import join_digits, split_di
 from pallas_kernels.arbitrary_bit_matmul.layouts import Prepared
 from pallas_kernels.arbitrary_bit_matmul.spec import Backend, WeightSpec
 
-BLOCK_BYTES = 1 << 19  # expanded weights of a block, which has to stay in the second-level cache
+BLOCK_BYTES = 1 << 18  # expanded weights of a block, which has to stay in the second-level cache
+SMALL_BYTES = 1 << 13  # expanded weights that are not worth a loop
 DIGIT_ROWS = 4  # up to this many floating-point rows, digits beat float32 weights
 LANE_CODES = 64  # a lane of a group has to be this long for the same
 
@@ -30,14 +31,13 @@ def matmul(x: jax.Array, weight: Prepared, scale: Float[Array, "n g"], spec: Wei
     """See `spec.Backend`."""
     if not _aligned(spec):
         return _batched(x, weight.data, scale, spec)
-    data = _stream(weight.data, spec.bits)
     if x.dtype == jnp.int8:
         cpu, other = _integer, _integer_groups if spec.groups > 1 else _integer_rows
     else:
         few = x.shape[0] <= DIGIT_ROWS and (spec.groups == 1 or spec.group_size // _lanes(spec.bits) >= LANE_CODES)
         cpu, other = _digits if few else _floating, _floating_rows
     bind = lambda f: lambda *args: f(*args, spec)
-    return lax.platform_dependent(x, data, scale, cpu=bind(cpu), default=bind(other))
+    return lax.platform_dependent(x, weight.data, scale, cpu=bind(cpu), default=bind(other))
 
 
 BACKEND = Backend("xla", lambda spec: ("dense",), lambda spec, x: None, matmul)
@@ -55,67 +55,67 @@ class _Rows(NamedTuple):
     rest: jax.Array
 
 
-def _integer(x, data, scale, spec):
+def _integer(x, words, scale, spec):
     """Exact int8 product: row blocks with one scale per row, a scan over groups otherwise."""
     m, x = x.shape[0], _two_rows(x)
     if spec.groups > 1:
-        return _group_scan(_permute(x, spec), data, scale, spec)[:m]
+        return _group_scan(_permute(x, spec), words, scale, spec)[:m]
     rows = functools.partial(_lane_product, jax.tree.map(lambda a: a[:, 0], _permute(x, spec)))
-    return _by_row_blocks(lambda w, s: rows(w, s[:, 0], spec), (data, scale), spec, itemsize=1)[:m]
+    return _by_row_blocks(lambda w, s: rows(w, s[:, 0], spec), (words, scale), spec, itemsize=1)[:m]
 
 
-def _integer_rows(x, data, scale, spec):
-    return _lane_product(jax.tree.map(lambda a: a[:, 0], _permute(x, spec)), data, scale[:, 0], spec)
+def _integer_rows(x, words, scale, spec):
+    return _lane_product(jax.tree.map(lambda a: a[:, 0], _permute(x, spec)), words, scale[:, 0], spec)
 
 
-def _group_scan(x: _Rows, data, scale, spec):
+def _group_scan(x: _Rows, words, scale, spec):
     """sum_g s_g d_g, one group of all rows at a time: groups are strided slices of the dense rows."""
-    data = data.reshape(data.shape[0], spec.groups, -1)
+    words = words.reshape(words.shape[0], spec.groups, -1)
 
     def add_group(total, g):
         take = lambda a: lax.dynamic_index_in_dim(a, g, 1, keepdims=False)
-        return total + _lane_product(jax.tree.map(take, x), take(data), take(scale), spec), None
+        return total + _lane_product(jax.tree.map(take, x), take(words), take(scale), spec), None
 
-    start = jnp.zeros((x.rest.shape[0], data.shape[0]), jnp.float32)
+    start = jnp.zeros((x.rest.shape[0], words.shape[0]), jnp.float32)
     return lax.scan(add_group, start, jnp.arange(spec.groups))[0]
 
 
-def _lane_product(x: _Rows, data: jax.Array, scale: Float[Array, "n"], spec: WeightSpec):
+def _lane_product(x: _Rows, words: jax.Array, scale: Float[Array, "n"], spec: WeightSpec):
     """x (u - centre)^T s of one group, exact before the scale: float32 [M, N]."""
-    pairs = zip(x.lanes, _code_lanes(data, spec.bits), strict=True)
+    pairs = zip(x.lanes, _code_lanes(words, spec.bits), strict=True)
     product = sum(_dot(a, w, jnp.int32) for a, w in pairs)
     return (product - x.rest[:, None]).astype(jnp.float32) * scale[None]
 
 
-def _digits(x, data, scale, spec):
+def _digits(x, words, scale, spec):
     """Floating-point rows through the integer product of their digits: exact but for 2^-24 of a row's maximum."""
     digits, scales = split_digits(x.astype(jnp.float32))
-    y = _integer(digits.reshape(-1, x.shape[1]), data, scale, spec)
+    y = _integer(digits.reshape(-1, x.shape[1]), words, scale, spec)
     return join_digits(y.reshape(*digits.shape[:2], -1), scales)
 
 
-def _floating(x, data, scale, spec):
+def _floating(x, words, scale, spec):
     m, x = x.shape[0], _permute(_two_rows(x.astype(jnp.float32)), spec)
-    return _by_row_blocks(lambda w, s: _value_product(x, w, s, spec), (data, scale), spec, itemsize=4)[:m]
+    return _by_row_blocks(lambda w, s: _value_product(x, w, s, spec), (words, scale), spec, itemsize=4)[:m]
 
 
-def _floating_rows(x, data, scale, spec):
-    return _value_product(_permute(x, spec), data, scale, spec)
+def _floating_rows(x, words, scale, spec):
+    return _value_product(_permute(x, spec), words, scale, spec)
 
 
-def _value_product(x: _Rows, data, scale, spec):
+def _value_product(x: _Rows, words, scale, spec):
     """Weights expanded in the dtype of x, scales and all; float32 accumulation."""
-    lanes = _code_lanes(data.reshape(data.shape[0], spec.groups, -1), spec.bits)
+    lanes = _code_lanes(words.reshape(words.shape[0], spec.groups, -1), spec.bits)
     centre, dtype = spec.centre - _offset(spec.bits), x.rest.dtype
     value = lambda u: ((u.astype(jnp.float32) - centre) * scale[..., None]).astype(dtype)
     flat = lambda a: a.reshape(a.shape[0], -1)
     return sum(_dot(flat(a), flat(value(u)), jnp.float32) for a, u in zip(x.lanes, lanes, strict=True))
 
 
-def _integer_groups(x, data, scale, spec):
+def _integer_groups(x, words, scale, spec):
     """All groups at once: one product per group."""
     x = _permute(x, spec)
-    lanes = _code_lanes(data.reshape(data.shape[0], spec.groups, -1), spec.bits)
+    lanes = _code_lanes(words.reshape(words.shape[0], spec.groups, -1), spec.bits)
     product = sum(_group_dot(a, w, jnp.int32) for a, w in zip(x.lanes, lanes, strict=True))
     return ((product - x.rest.T[..., None]).astype(jnp.float32) * scale.T[:, None]).sum(0)
 
@@ -130,28 +130,29 @@ def _batched(x, words, scale, spec):
 
 
 def _by_row_blocks(product, operands, spec, itemsize):
-    """product(*operands) [M, N], a block of rows of the operands after the other; all at once where they fit one block."""
-    n, rows = spec.n, max(8, BLOCK_BYTES // (spec.k * itemsize))
-    whole = n // rows * rows
-    if n <= rows:
+    """product(*operands) [M, N], a block of rows of the operands after the other, all at once only if they are tiny.
+
+    The loop also keeps the expansion of a layer behind that layer's input; without one XLA's scheduler on CPU expands the
+    weights of all layers up front.
+    """
+    n, size = spec.n, spec.k * itemsize
+    if n * size <= SMALL_BYTES:
         return product(*operands)
+    rows = min(max(16, BLOCK_BYTES // size // 16 * 16), -(-n // 2))
+    whole = n // rows * rows
     blocks = lax.map(lambda b: product(*b), [a[:whole].reshape(n // rows, rows, -1) for a in operands])
     y = blocks.transpose(1, 0, 2).reshape(-1, whole)
     return y if whole == n else jnp.concatenate([y, product(*[a[whole:] for a in operands])], 1)
 
 
-def _stream(words: UInt32[Array, "n w"], bits: int) -> jax.Array:
-    """What lanes are cut from: bytes, or for odd widths words in full runs of 32 codes."""
-    return packing.pad_last(words, bits) if 8 % bits else packing.words_to_bytes(words)
-
-
-def _code_lanes(data: jax.Array, bits: int) -> list[Int8[Array, "*rows c"]]:
-    """Codes of a `_stream` minus `_offset` as int8, in an order that `_permute` shares."""
+def _code_lanes(words: UInt32[Array, "*rows w"], bits: int) -> list[Int8[Array, "*rows c"]]:
+    """Codes of dense words minus `_offset` as int8, in an order that `_permute` shares."""
     if bits == 8:
-        return [lax.bitcast_convert_type(data ^ jnp.uint8(128), jnp.int8)]
+        return [lax.bitcast_convert_type(packing.words_to_bytes(words) ^ jnp.uint8(128), jnp.int8)]
     if 8 % bits == 0:
-        return [codes.astype(jnp.int8) for codes in packing.byte_lanes(data, _lanes(bits))]
-    runs = jnp.moveaxis(data.reshape(*data.shape[:-1], -1, bits), -1, 0)
+        return [codes.astype(jnp.int8) for codes in packing.byte_lanes(packing.words_to_bytes(words), _lanes(bits))]
+    words = packing.pad_last(words, bits)  # full runs of 32 codes
+    runs = jnp.moveaxis(words.reshape(*words.shape[:-1], -1, bits), -1, 0)
     codes = jnp.stack([_lane(runs, i, bits).astype(jnp.int8) for i in range(32)], -2)
     return [codes.reshape(*codes.shape[:-2], -1)]
 
