@@ -81,7 +81,7 @@ def _chosen(leaf, rows: int) -> str:
     abstract = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype)
     packed = abstract((n, packing.packed_words(k, leaf.grid.bits)), jnp.uint32)
     scale = abstract((n, leaf.scale.shape[-1]), jnp.float32)
-    spec = weight_spec(packed, scale, k=k, bits=leaf.grid.bits, levels=leaf.grid.levels)
+    spec = weight_spec(packed, scale, None, k=k, bits=leaf.grid.bits, levels=leaf.grid.levels)
     dtype = jnp.float32
     if leaf.act is not None:
         dtype, rows = jnp.int8, rows + _has_zero(leaf.act)  # a row of ones for the zero point
