@@ -1,4 +1,5 @@
-// y[m, n] = sum_g s[n, g] sum_(k in g) x[m, k] (u[n, k] - centre) for few rows x of int8 and dense codes u of 1..8 bits, as they lie.
+// y[m, n] = sum_g s[n, g] sum_(k in g) x[m, k] (u[n, k] - centre) for few rows x and dense codes u of 1..8 bits, as they lie.
+// Rows are int8, or floats, which enter as a few int8 digits each: x = sum_d scale_d digit_d (see activation.py).
 //
 // 64 codes of b bits fill 8 b bytes. With AVX-512 VBMI one byte permutation brings the b bytes of every 8 codes into a 64-bit lane,
 // one multishift takes 8 codes out of each lane, and VNNI multiplies them with x: five instructions for 64 weights of any width.
@@ -6,6 +7,7 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <functional>
@@ -27,6 +29,8 @@ namespace {
 using Bytes128 = std::array<uint8_t, 128>;
 constexpr int64_t kCodes = 64;   // codes of a vector
 constexpr int64_t kMaxRows = 4;  // activation rows that share one expansion of the weights
+constexpr int64_t kSerialBytes = 1 << 16;  // weights that one thread reads faster than it wakes another
+constexpr float kDigit = 127, kBase = 2 * kDigit;
 
 #if defined(__AVX512VBMI__) && defined(__AVX512VNNI__)
 
@@ -282,8 +286,9 @@ void tile(const Product& p, const Codec& codec, const Spread& spread, const Sums
   });
 }
 
-// Runs work(begin, end) over blocks of [0, n) on the calling thread and on those of the pool that are free.
-void parallel(ffi::ThreadPool& pool, int64_t n, int64_t block, const std::function<void(int64_t, int64_t)>& work) {
+// Runs work(begin, end) over blocks of [0, n) on the calling thread and, unless alone, on those of the pool that are free.
+void parallel(ffi::ThreadPool& pool, int64_t n, int64_t block, bool alone, const std::function<void(int64_t, int64_t)>& work) {
+  if (alone) return work(0, n);
   struct State {
     std::atomic<int64_t> next{0}, finished{0};
   };
@@ -303,7 +308,7 @@ void multiply(ffi::ThreadPool& pool, const Product& p, const Codec& codec, uint8
   constexpr int R = M == 1 ? 4 : Codec::kRuns == 1 || M == 2 ? 2 : 1;  // as many as registers hold
   const auto start = starts<M, Codec>(p, centre);
   const Spread spread(p.spread);
-  parallel(pool, p.n, 64, [&](int64_t begin, int64_t end) {
+  parallel(pool, p.n, 64, p.n * p.stride <= kSerialBytes, [&](int64_t begin, int64_t end) {
     int64_t n = begin;
     for (; n + R <= end; n += R) tile<M, R>(p, codec, spread, start.data(), n);
     for (; n < end; ++n) tile<M, 1>(p, codec, spread, start.data(), n);
@@ -324,27 +329,85 @@ void multiply_rows(ffi::ThreadPool& pool, Product p, const Codec& codec, uint8_t
   }
 }
 
-ffi::Error run(ffi::ThreadPool pool, ffi::Buffer<ffi::S8> x, ffi::Buffer<ffi::U32> w, ffi::Buffer<ffi::F32> scale,
-               ffi::ResultBuffer<ffi::F32> y, int64_t bits, int64_t centre, int64_t group, bool base5) {
-  const auto xs = x.dimensions(), ws = w.dimensions(), ss = scale.dimensions();
-  if (xs.size() != 3 || ws.size() != 2 || ss.size() != 2 || xs[1] != (base5 ? 3 : 1) || xs[2] % kCodes || (base5 && ss[1] != 1))
-    return ffi::Error::InvalidArgument("expected x [M, runs, K] with K a multiple of 64, w [N, words], scale [N, groups]");
-  const int64_t groups = ss[1], chunks = xs[2] / kCodes, spread = std::max<int64_t>(1, groups > 1 ? kCodes / group : 1);
-  const int64_t segments = (groups + spread - 1) / spread;
-  if (chunks % segments || (groups > 1 && (spread > 1 ? kCodes % group || group % 4 : group % kCodes || chunks * kCodes != groups * group)))
-    return ffi::Error::InvalidArgument("expected groups of 4, 8, 16, 32 or a multiple of 64 columns");
-  Product p{x.typed_data(), reinterpret_cast<const uint8_t*>(w.typed_data()), scale.typed_data(), y->typed_data(),
-            ws[0], groups, chunks, 4 * ws[1], segments, spread};
+// Rows of int8 laid out for a product: runs of equal length, each filled with zeros to whole chunks.
+class Rows {
+ public:
+  Rows(int64_t count, int64_t k, int64_t runs)
+      : k_(k), runs_(runs), length_((k + runs - 1) / runs), chunks_((length_ + kCodes - 1) / kCodes),
+        data_(count * runs * chunks_ * kCodes) {}
+  int64_t chunks() const { return chunks_; }
+  const int8_t* data() const { return data_.data(); }
+  void set(int64_t row, const int8_t* x) {
+    for (int64_t r = 0; r < runs_ && r * length_ < k_; ++r)
+      std::memcpy(data_.data() + (row * runs_ + r) * chunks_ * kCodes, x + r * length_, std::min(length_, k_ - r * length_));
+  }
+
+ private:
+  int64_t k_, runs_, length_, chunks_;
+  std::vector<int8_t> data_;
+};
+
+// The digits of a float row, one after the other; returns the scale of the first.
+float split(const float* x, int64_t k, int64_t digits, float* rest, int8_t* out) {
+  float top = 0;
+  for (int64_t i = 0; i < k; ++i) top = std::max(top, std::abs(x[i]));
+  const float scale = (top > 0 ? top : 1) / kDigit;
+  for (int64_t i = 0; i < k; ++i) rest[i] = x[i] / scale;
+  for (int64_t d = 0; d < digits; ++d, out += k)
+    for (int64_t i = 0; i < k; ++i) {
+      const float digit = std::nearbyint(rest[i]);
+      out[i] = static_cast<int8_t>(digit);
+      rest[i] = (rest[i] - digit) * kBase;
+    }
+  return scale;
+}
+
+void multiply_codes(ffi::ThreadPool& pool, const Product& p, int64_t bits, int64_t centre, bool base5, int64_t rows) {
   if (base5)
-    multiply_rows(pool, p, Base5(bits), static_cast<uint8_t>(centre), xs[0]);
+    multiply_rows(pool, p, Base5(bits), static_cast<uint8_t>(centre), rows);
   else
-    multiply_rows(pool, p, Dense(bits), static_cast<uint8_t>(centre), xs[0]);
+    multiply_rows(pool, p, Dense(bits), static_cast<uint8_t>(centre), rows);
+}
+
+ffi::Error run(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::U32> w, ffi::Buffer<ffi::F32> scale,
+               ffi::ResultBuffer<ffi::F32> y, int64_t bits, int64_t centre, int64_t digits, bool base5) {
+  const auto xs = x.dimensions(), ws = w.dimensions(), ss = scale.dimensions();
+  const bool whole = x.element_type() == ffi::S8;
+  if (xs.size() != 2 || ws.size() != 2 || ss.size() != 2 || xs[1] % ss[1] || (base5 && ss[1] != 1) || (!whole && x.element_type() != ffi::F32))
+    return ffi::Error::InvalidArgument("expected x [M, K] of int8 or float32, w [N, words], scale [N, groups]");
+  const int64_t m = xs[0], k = xs[1], n = ws[0], groups = ss[1], group = k / groups;
+  const int64_t spread = groups > 1 ? std::max<int64_t>(1, kCodes / group) : 1;
+  if (groups > 1 && (group < kCodes ? kCodes % group || group % 4 : group % kCodes))
+    return ffi::Error::InvalidArgument("expected groups of 4, 8, 16, 32 or a multiple of 64 columns");
+  Rows rows(whole ? m : m * digits, k, base5 ? Base5::kRuns : Dense::kRuns);
+  Product p{rows.data(), reinterpret_cast<const uint8_t*>(w.typed_data()), scale.typed_data(), y->typed_data(), n,
+            groups, rows.chunks(), 4 * ws[1], (groups + spread - 1) / spread, spread};
+  if (whole) {
+    for (int64_t i = 0; i < m; ++i) rows.set(i, static_cast<const int8_t*>(x.untyped_data()) + i * k);
+    multiply_codes(pool, p, bits, centre, base5, m);
+    return ffi::Error::Success();
+  }
+  std::vector<float> rest(k), products(m * digits * n), scales(m);
+  std::vector<int8_t> parts(digits * k);
+  for (int64_t i = 0; i < m; ++i) {
+    scales[i] = split(static_cast<const float*>(x.untyped_data()) + i * k, k, digits, rest.data(), parts.data());
+    for (int64_t d = 0; d < digits; ++d) rows.set(i * digits + d, parts.data() + d * k);
+  }
+  p.y = products.data();
+  multiply_codes(pool, p, bits, centre, base5, m * digits);
+  for (int64_t i = 0; i < m; ++i) {
+    float* out = y->typed_data() + i * n;
+    std::fill(out, out + n, 0.f);
+    float digit_scale = scales[i];
+    for (int64_t d = 0; d < digits; ++d, digit_scale /= kBase)
+      for (int64_t j = 0; j < n; ++j) out[j] += digit_scale * products[(i * digits + d) * n + j];
+  }
   return ffi::Error::Success();
 }
 
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(ArbitraryBitMatmul, run,
-                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::Buffer<ffi::S8>>().Arg<ffi::Buffer<ffi::U32>>()
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::AnyBuffer>().Arg<ffi::Buffer<ffi::U32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>().Ret<ffi::Buffer<ffi::F32>>().Attr<int64_t>("bits")
-                                  .Attr<int64_t>("centre").Attr<int64_t>("group").Attr<bool>("base5"));
+                                  .Attr<int64_t>("centre").Attr<int64_t>("digits").Attr<bool>("base5"));

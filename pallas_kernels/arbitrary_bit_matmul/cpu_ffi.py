@@ -3,7 +3,7 @@
     python -c "from pallas_kernels.arbitrary_bit_matmul import cpu_ffi; print(cpu_ffi.build())"
 
 `implementation="cpu_ffi"` builds on first use; `implementation=None` uses it where it has been built. Dense rows of any width are
-read as they lie; floating-point rows enter as three int8 digits each (`activation.split_digits`).
+read as they lie; floating-point rows enter as three int8 digits each, as in `activation.split_digits`.
 """
 
 from __future__ import annotations
@@ -20,10 +20,8 @@ import tempfile
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int8
+from jaxtyping import Array, Float
 
-from pallas_kernels.arbitrary_bit_matmul import packing
-from pallas_kernels.arbitrary_bit_matmul.activation import join_digits, split_digits
 from pallas_kernels.arbitrary_bit_matmul.layouts import Prepared
 from pallas_kernels.arbitrary_bit_matmul.spec import Backend, WeightSpec
 
@@ -37,11 +35,10 @@ _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-march=native", "-w")
 def matmul(x: jax.Array, weight: Prepared, scale: Float[Array, "n g"], spec: WeightSpec) -> Float[Array, "m n"]:
     """See `spec.Backend`."""
     _register()
-    if x.dtype == jnp.int8:
-        return _call(x, weight, scale, spec)
-    digits, scales = split_digits(x.astype(jnp.float32), DIGITS)
-    y = _call(digits.reshape(-1, spec.k), weight, scale, spec)
-    return join_digits(y.reshape(*digits.shape[:2], -1), scales)
+    x = x if x.dtype == jnp.int8 else x.astype(jnp.float32)
+    call = jax.ffi.ffi_call(_TARGET, jax.ShapeDtypeStruct((x.shape[0], spec.n), jnp.float32), vmap_method="sequential")
+    static = dict(bits=spec.bits, centre=spec.centre, digits=DIGITS, base5=weight.layout == "base5")
+    return call(x, weight.data, scale, **static)
 
 
 def refuse(spec: WeightSpec, x: jax.Array) -> str | None:
@@ -89,14 +86,6 @@ def build() -> pathlib.Path:
             raise RuntimeError(f"cpu_ffi: {' '.join(command)} failed with {result.returncode}:\n{result.stderr[:2000]}")
         os.replace(built, library)
     return library
-
-
-def _call(x: Int8[Array, "m k"], weight: Prepared, scale, spec: WeightSpec) -> Float[Array, "m n"]:
-    base5 = weight.layout == "base5"
-    runs = packing.pad_last(x, 3 if base5 else 1).reshape(x.shape[0], 3 if base5 else 1, -1)
-    call = jax.ffi.ffi_call(_TARGET, jax.ShapeDtypeStruct((x.shape[0], spec.n), jnp.float32), vmap_method="sequential")
-    static = dict(bits=spec.bits, centre=spec.centre, group=spec.group_size, base5=base5)
-    return call(packing.pad_last(runs, 64), weight.data, scale, **static)
 
 
 @functools.cache
