@@ -33,6 +33,7 @@ def abq(
     shift: bool = False,
     compensate: tuple[int, int] = (3, 4),
     clip_init: float = 4.0,
+    learn_rounding: bool = False,
     checkpoint_dir: str | pathlib.Path | None = None,
     **scheme: Any,
 ) -> Transform:
@@ -62,6 +63,8 @@ def abq(
       shift: also learn shifts between v and o.
       compensate: how many blocks at the beginning and the end are compensated (fewer in small models, see `compensated_blocks`).
       clip_init: initial logits of clipping.
+      learn_rounding: also learn which way every weight rounds, against the same losses; not in the paper (AutoRound's offsets,
+        Cheng et al., arXiv 2309.05516, by AdamW). All weights of a block are then trained, with AdamW's two moments.
       checkpoint_dir: to continue after a kill.
       **scheme: further fields of `jaxcomp.quantize.scheme.Scheme`; grids are asymmetric by default.
 
@@ -78,6 +81,7 @@ def abq(
         compensate=tuple(compensate),
         bit_balance=bit_balance,
         clip_init=clip_init,
+        rounding=learn_rounding,
         rates=rates,
     )
     return learned(recipe, model, rules, grids(w_bits, a_bits, scheme), checkpoint_dir)

@@ -1,4 +1,4 @@
-"""What is learned about the rounding of a weight: clipping of its range, and a rank-one compensation."""
+"""What is learned about the rounding of a weight: clipping of its range, a rank-one compensation, an offset per weight."""
 
 from __future__ import annotations
 
@@ -45,3 +45,15 @@ def clipped(
         matrix = matrix + rank_one["a"][:, None] * rank_one["b"][None]
     factor = jax.nn.sigmoid(logits)
     return matrix, *qparams(matrix, grid, factor[..., 0], factor[..., 1])
+
+
+def nudged(
+    matrix: Float[Array, "N K"], scale: Float[Array, "M G"], offset: Float[Array, "N K"]
+) -> Float[Array, "N K"]:
+    """The matrix with each entry moved by `offset` steps of its grid, at most half a step: which way it rounds is learned.
+
+    The offsets of AutoRound (Cheng et al., arXiv 2309.05516).
+    """
+    grouped = matrix.reshape(*matrix.shape[:-1], scale.shape[-1], -1)
+    step = jnp.clip(offset, -0.5, 0.5).reshape(grouped.shape) * scale[..., None]
+    return (grouped + step).reshape(matrix.shape)

@@ -17,7 +17,7 @@ from jaxcomp.models import LlamaConfig
 from jaxcomp.quantize.attention import BlockRunner
 from jaxcomp.quantize.let import Equivalence, Stats, Tree
 from jaxcomp.quantize.losses import Objective
-from jaxcomp.quantize.lwc import clip_logits, clipped, compensation
+from jaxcomp.quantize.lwc import clip_logits, clipped, compensation, nudged
 from jaxcomp.quantize.scheme import Scheme
 from jaxcomp.quantize.straight_through import balanced
 
@@ -26,11 +26,21 @@ DOWN = "mlp/down/kernel"
 
 @dataclasses.dataclass(frozen=True)
 class Rates:
-    """Learning rates of AdamW (no weight decay, no schedule) for equivalent transforms, clipping and compensation."""
+    """Learning rates of AdamW (no weight decay) for what a method learns; the authors' have no schedule.
+
+    Attributes:
+      let: of equivalent transforms.
+      clip: of clipping logits.
+      compensation: of the rank-one term.
+      rounding: of rounding offsets, in steps of the grid.
+      decay: to zero along a cosine.
+    """
 
     let: float = 5e-3
     clip: float = 1e-2
     compensation: float = 1e-2
+    rounding: float = 5e-3
+    decay: bool = False
 
 
 RATES = Rates()
@@ -50,6 +60,7 @@ class Recipe:
       compensate: how many blocks at either end get a rank-one term on their down projection.
       bit_balance: 2^b + 1 levels for 1 and 2 bits.
       clip_init: initial logits of weight clipping.
+      rounding: learn an offset of every weight, at most half a step of its grid.
       rates: learning rates.
     """
 
@@ -62,6 +73,7 @@ class Recipe:
     compensate: tuple[int, int] = (0, 0)
     bit_balance: bool = False
     clip_init: float = 4.0
+    rounding: bool = False
     rates: Rates = RATES
 
 
@@ -85,6 +97,8 @@ class Student:
         shape = {path: flat[path].shape[::-1] for path, _ in self.schemes}
         clip = {path: clip_logits(shape[path], self.grid(s), self.recipe.clip_init) for path, s in self.schemes}
         theta = {"clip": unflatten_dict(clip, sep="/")}
+        if self.recipe.rounding:
+            theta["rounding"] = unflatten_dict({path: jnp.zeros(shape[path]) for path, _ in self.schemes}, sep="/")
         if compensate and DOWN in shape:
             theta["compensation"] = compensation(shape[DOWN])
         equivalence = self.recipe.equivalence
@@ -96,8 +110,14 @@ class Student:
         if self.recipe.equivalence is not None:
             block = self.recipe.equivalence.apply(self.config, block, theta)
         flat, logits = flatten_dict(block, sep="/"), flatten_dict(theta["clip"], sep="/")
+        offsets = flatten_dict(theta.get("rounding", {}), sep="/")
         rank_one = lambda path: theta.get("compensation") if path == DOWN else None
-        return flat, {p: clipped(flat[p], self.grid(s), logits[p], rank_one(p)) for p, s in self.schemes}
+        out = {}
+        for path, scheme in self.schemes:
+            matrix, scale, zero = clipped(flat[path], self.grid(scheme), logits[path], rank_one(path))
+            matrix = nudged(matrix, scale, offsets[path]) if path in offsets else matrix
+            out[path] = (matrix, scale, zero)
+        return flat, out
 
     def fake(self, block: Any, theta: Mapping[str, Any]) -> Any:
         """The rewritten block with kernels on their grids, dense float32, straight-through."""
@@ -106,7 +126,7 @@ class Student:
         return unflatten_dict(flat | values, sep="/")
 
     def export(self, block: Any, theta: Mapping[str, Any]) -> Any:
-        """The rewritten block in its own dtypes with packed kernels; compensation is absorbed in the codes."""
+        """The rewritten block in its own dtypes with packed kernels; compensation and offsets are absorbed in the codes."""
         flat, rounding = self.rounding(block, theta)
         original = flatten_dict(block, sep="/")
         out = {path: value.astype(original[path].dtype) for path, value in flat.items()}

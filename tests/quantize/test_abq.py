@@ -177,6 +177,22 @@ def test_packed_model_computes_what_was_learned():
     assert agreement(CONFIG, params, want, 6) < 1e-3
 
 
+def test_rounding_offsets_stay_within_half_a_step_and_fit_better_than_nearest():
+    rates = Rates(1.5e-2, 3e-2, 3e-2, rounding=2e-2, decay=True)
+    params, state = result(abq, CONFIG, 3, 6, learn_rounding=True, **LEARN | dict(rates=rates))
+    nearest = learned_abq()[1].losses
+    for name, loss in state.losses.items():
+        assert loss[-1] < 0.9 * nearest[name][-1]
+    student = student_of(CONFIG, 3, 6, rounding=True)
+    assert agreement(CONFIG, params, fake_logits(student, CONFIG, state.theta), 6) < 1e-3
+    theta, block = dict(state.theta["blocks_0"]), params_of(CONFIG)["blocks_0"]
+    moved, scale, _ = student.rounding(block, theta)[1][DOWN]
+    offsets = theta.pop("rounding")["mlp"]["down"]["kernel"]
+    steps = (moved - student.rounding(block, theta)[1][DOWN][0]) / scale
+    np.testing.assert_allclose(steps, jnp.clip(offsets, -0.5, 0.5), atol=1e-4)
+    assert float(jnp.abs(steps).max()) > 0.1
+
+
 @pytest.mark.parametrize("family", ["qwen2", "gemma3_text"])
 def test_other_families(family):
     """Biases, norms of q and k, gains of 1 + scale; five levels, packed, compute what they stand for."""
