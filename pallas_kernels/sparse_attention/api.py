@@ -11,11 +11,21 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.sparse_attention import reference
+from pallas_kernels.sparse_attention import cpu_ffi, gpu_mosaic, gpu_triton, reference, tpu, xla
 from pallas_kernels.sparse_attention.rows import row_numbers
 from pallas_kernels.sparse_attention.spec import Aggregate, Backend, Inputs, Spec, Stop
 
-BACKENDS: dict[str, Backend] = {b.name: b for b in (reference.BACKEND,)}
+BACKENDS: dict[str, Backend] = {
+    b.name: b
+    for b in (
+        reference.BACKEND,
+        xla.BACKEND,
+        cpu_ffi.BACKEND,
+        tpu.BACKEND,
+        gpu_triton.BACKEND,
+        gpu_mosaic.BACKEND,
+    )
+}
 
 
 class Choice(NamedTuple):
@@ -140,12 +150,13 @@ def choose(spec: Spec, x: Inputs, names: Sequence[str]) -> Choice:
             return Choice(name, reasons)
         reasons[name] = reason
     errors = [NotImplementedError(f"{name}: {reason}") for name, reason in reasons.items()]
-    raise ExceptionGroup(f"none of {', '.join(names)} covers this attention; 'reference' always does", errors)
+    raise ExceptionGroup(f"none of {', '.join(names)} covers this attention; 'xla' always does", errors)
 
 
 def preference() -> dict[str, tuple[str, ...]]:
-    """Platform -> implementations in the order in which they are tried without `implementation=`."""
-    return {"cpu": ("reference",)}
+    """Platform -> implementations in the order in which they are tried without `implementation=`; 'xla' ends every list."""
+    cpu = ("cpu_ffi", "xla") if cpu_ffi.is_built() else ("xla",)
+    return {"cpu": cpu, "tpu": ("tpu", "xla"), "cuda": ("mosaic_gpu", "triton", "xla")}
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
@@ -156,7 +167,7 @@ def _forward_only(x: Inputs, spec: Spec, implementation):
         return attend(choose(spec, x, names).name, x)
     chosen = {platform: choose(spec, x, names).name for platform, names in preference().items()}
     branches = {platform: functools.partial(attend, name) for platform, name in chosen.items()}
-    return lax.platform_dependent(x, **branches, default=functools.partial(attend, "reference"))
+    return lax.platform_dependent(x, **branches, default=functools.partial(attend, "xla"))
 
 
 def _no_gradient(*_):

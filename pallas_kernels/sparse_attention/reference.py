@@ -7,7 +7,18 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.sparse_attention.rows import own_rows, put_rows, take_rows, valid_rows
-from pallas_kernels.sparse_attention.spec import MASKED, Backend, Inputs, Outputs, Spec, State, gain_of, goes_on, merge
+from pallas_kernels.sparse_attention.spec import (
+    MASKED,
+    Backend,
+    Inputs,
+    Outputs,
+    Spec,
+    State,
+    empty,
+    gain_of,
+    goes_on,
+    merge,
+)
 
 
 def attend(x: Inputs, spec: Spec) -> Outputs:
@@ -40,11 +51,6 @@ def window(q: jax.Array, x: Inputs, spec: Spec) -> State:
     state = lax.map(one, (flat(q.swapaxes(1, 2)), flat(k), flat(v), jnp.tile(first, k.shape[0])))
     natural = lambda a: a.reshape(k.shape[0], spec.segments, group, *a.shape[2:]).swapaxes(1, 2)
     return jax.tree.map(lambda a: natural(a).reshape(x.q.shape[0], spec.padded, *a.shape[3:]), state)
-
-
-def empty(q: jax.Array) -> State:
-    """The state of rows [..., d] that have seen no key."""
-    return State(jnp.full(q.shape[:-1], MASKED), jnp.zeros(q.shape[:-1]), jnp.zeros(q.shape))
 
 
 def _visit(q: jax.Array, state: State, x: Inputs, spec: Spec) -> tuple[State, jax.Array, jax.Array]:

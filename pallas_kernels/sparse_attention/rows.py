@@ -41,8 +41,10 @@ def valid_rows(rows: Int[Array, "*shape"], spec: Spec) -> Bool[Array, "*shape"]:
     return rows % spec.padded < spec.length
 
 
-def own_rows(x: Float[Array, "hk t d"], start: Int[Array, ""], spec: Spec) -> Float[Array, "hk m s d"]:
-    """Keys or values that stand where the queries stand, by segments, float32; zeros behind the last one."""
-    own = lax.dynamic_slice_in_dim(x, start, spec.length, 1).astype(jnp.float32)
+def own_rows(
+    x: Float[Array, "hk t d"], start: Int[Array, ""], spec: Spec, dtype=jnp.float32
+) -> Float[Array, "hk m s d"]:
+    """Keys or values that stand where the queries stand, by segments; zeros behind the last one."""
+    own = lax.dynamic_slice_in_dim(x, start, spec.length, 1).astype(dtype)
     own = jnp.pad(own, ((0, 0), (0, spec.padded - spec.length), (0, 0)))
     return own.reshape(x.shape[0], spec.segments, spec.segment, -1)

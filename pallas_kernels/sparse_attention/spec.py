@@ -129,6 +129,11 @@ class Backend(NamedTuple):
     attend: Callable[[Inputs, Spec], Outputs]
 
 
+def empty(q: Float[Array, "*rows d"]) -> State:
+    """The state of rows that have seen no key."""
+    return State(jnp.full(q.shape[:-1], MASKED), jnp.zeros(q.shape[:-1]), jnp.zeros(q.shape))
+
+
 def merge(old: State, scores: jax.Array, values: jax.Array) -> State:
     """The state after more keys: scores [..., r, w], already scaled and masked, and values [..., w, d] (float32)."""
     top = jnp.maximum(old.top, scores.max(-1))
