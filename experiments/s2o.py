@@ -1,0 +1,160 @@
+"""S2O against every baseline: structured heads, ablations, needles, a decoder on long text; writes a result card and heat maps.
+
+    python -m experiments.s2o [--config=configs/attention/s2o.py] [--out=runs/s2o] [--parts=heads,ablations,needles,language]
+
+Every finished piece is recorded in `--out`; a killed experiment goes on from there.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+import configs.attention
+from experiments import lm as experiment
+from experiments import s2o_language as language
+from experiments import s2o_operator as operator
+from experiments import s2o_pictures as pictures
+from experiments import s2o_retrieval as retrieval
+from experiments.s2o_rows import card
+from experiments.stages import Stages
+from jaxcomp.attention.heads import KINDS
+
+NEEDLE_METHODS = ("s2o", "s2o + sub-means", "PBS-Attn", "XAttention", "MInference", "AnchorAttention")
+LANGUAGE_METHODS = ("s2o", "s2o + sub-means", "PBS-Attn", "XAttention", "MeanPool", "MInference", "FlexPrefill")
+CALIBRATED = ("s2o", "s2o + sub-means", "XAttention", "PBS-Attn")
+PICTURED = ("s2o", "XAttention", "PBS-Attn", "MInference")
+LOCAL = "local window only"
+
+
+def timed(work: Callable[[], Any]) -> dict[str, Any]:
+    """JSON-able result with the CPU seconds that it took."""
+    start = time.process_time()
+    return {"result": work(), "cpu_seconds": time.process_time() - start}
+
+
+def heads(config: ConfigDict, stages: Stages) -> dict[str, Any]:
+    """Curves of all methods on every kind and seed."""
+    methods = config.methods(config.block, config.segment)
+    sweep = lambda kind, seed: operator.sweep(methods, kind, config.length, seed)
+    return _each_head(stages, "heads", config.seeds, sweep)
+
+
+def ablations(config: ConfigDict, stages: Stages) -> dict[str, Any]:
+    """Curves of the variants of S2O on every kind and fewer seeds."""
+    methods = config.ablations(config.block, config.segment)
+    sweep = lambda kind, seed: operator.sweep(methods, kind, config.length, seed)
+    return _each_head(stages, "ablations", config.ablation_seeds, sweep)
+
+
+def _each_head(stages: Stages, part: str, seeds: Any, sweep: Callable[[str, int], Any]) -> dict[str, Any]:
+    out = {}
+    for seed in seeds:
+        for kind in KINDS:
+            work = lambda kind=kind, seed=seed: sweep(kind, seed)
+            out[f"{kind}/{seed}"] = stages.run(f"{part}, {kind}, seed {seed}", lambda work=work: timed(work))
+    return out
+
+
+def needles(config: ConfigDict, stages: Stages) -> dict[str, Any]:
+    """Recall at every depth, per length and seed."""
+    settings = config.needle
+    methods = {name: config.methods(config.block, config.segment)[name] for name in NEEDLE_METHODS}
+    methods[LOCAL] = config.ablations(config.block, config.segment)[LOCAL]
+    out = {}
+    for length in settings.lengths:
+        for seed in config.ablation_seeds:
+            work = lambda length=length, seed=seed: retrieval.needles(
+                methods, length, settings.depths, settings.asking, settings.density, seed
+            )
+            out[f"{length}/{seed}"] = stages.run(f"needles, {length}, seed {seed}", lambda work=work: timed(work))
+    return out
+
+
+def text(config: ConfigDict, stages: Stages) -> dict[str, Any]:
+    """Perplexity curves, recall of a repeated passage, and the composition table of the long-context decoder."""
+    settings = config.language
+    lm, windows, calibration = language.load(settings)
+    methods = config.methods(settings.block, settings.segment)
+    run = lambda name, work: stages.run(f"language, {name}", lambda: timed(work))
+    dense = lambda: [language.score(language.scorer(lm, lambda _: language.dense_attend), None, lm.params, windows)]
+    out = {language.DENSE: run(language.DENSE, dense)}
+    for name in LANGUAGE_METHODS:
+        out[name] = run(name, lambda name=name: language.uniform(lm, methods[name], windows))
+    for name in CALIBRATED:
+        work = lambda name=name: language.per_head(lm, methods[name], windows, calibration, settings.targets)
+        out[f"{name}, per head"] = run(f"{name}, per head", work)
+    out["recall"] = run("recall", lambda: _recall(config, lm, methods, windows))
+    out["composition"] = run("composition", lambda: _composition(config, lm, methods, windows))
+    return out
+
+
+def _recall(config: ConfigDict, lm: Any, methods: Mapping[str, Any], windows: np.ndarray) -> dict[str, list[float]]:
+    settings = config.language
+    threshold = config.language.composition_gain
+    compared = {"s2o": (methods["s2o"], threshold), "s2o + sub-means": (methods["s2o + sub-means"], threshold)}
+    attends = {name: method[0](level).attend for name, (method, level) in compared.items()}
+    local = config.ablations(settings.block, settings.segment)[LOCAL]
+    attends |= {language.DENSE: language.dense_attend, LOCAL: local[0](0.5).attend}
+    out = {}
+    for name, attend in attends.items():
+        run = language.continuation(lm, attend)
+        out[name] = [language.recall(lm, run, windows[0], settings.recall, depth) for depth in settings.recall.depths]
+    return out
+
+
+def _composition(config: ConfigDict, lm: Any, methods: Mapping[str, Any], windows: np.ndarray) -> dict[str, Any]:
+    settings = config.language
+    sparse = methods["s2o + sub-means"][0](jnp.float32(settings.composition_gain)).attend
+    out = {}
+    for weights, params in language.weights(lm, settings.abq).items():
+        for kv_bits in (16, 8, 4):
+            for name, attend in ((language.DENSE, language.dense_attend), ("s2o + sub-means", sparse)):
+                out[f"{weights}/{kv_bits}/{name}"] = language.composed(lm, params, attend, kv_bits, windows[::2])
+    return out
+
+
+PARTS = {"heads": heads, "ablations": ablations, "needles": needles, "language": text}
+
+
+def main(argv) -> None:
+    """Runs what is missing and writes the card, the heat maps and the report."""
+    del argv
+    logging.set_verbosity(logging.WARNING)
+    config, f = flags.FLAGS.config, flags.FLAGS
+    facts = {name: experiment.source_digest(config[name]) for name in ("methods", "ablations")}
+    facts["jax"] = jax.__version__
+    if "language" in f.parts:
+        facts["decoder"] = experiment.fingerprint(config.language.model)
+    try:
+        stages = {p: Stages(f"{f.out}/{p}", config.to_dict() | facts, overwrite=f.overwrite) for p in f.parts}
+        results = {part: PARTS[part](config, stages[part]) for part in f.parts}
+    except (ValueError, OSError, KeyError, FloatingPointError) as error:
+        sys.exit(f"s2o: {error}")
+    folder = pathlib.Path(f.results)
+    written = card(config, results, f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores", folder)
+    written.write(folder)
+    methods = config.methods(16, 32)
+    pictures.draw({name: methods[name] for name in PICTURED}, folder / "s2o_heads.png")
+    pictures.report(written.to_markdown(), folder / "s2o_heads.png", pathlib.Path(f.out) / "report.html")
+    print(f"{folder}/s2o.md, {folder}/s2o_heads.png, {f.out}/report.html")
+
+
+if __name__ == "__main__":
+    default = pathlib.Path(configs.attention.__file__).parent / "s2o.py"
+    config_flags.DEFINE_config_file("config", str(default), "What to run.", lock_config=True)
+    flags.DEFINE_string("out", "runs/s2o", "Where finished pieces are recorded.")
+    flags.DEFINE_list("parts", list(PARTS), "What to run, of heads, ablations, needles and language.")
+    flags.DEFINE_string("results", str(pathlib.Path(__file__).parent / "results"), "Where the card goes.")
+    flags.DEFINE_boolean("overwrite", False, "Discard what runs with other settings left in --out.")
+    app.run(main)

@@ -1,0 +1,169 @@
+"""Sparse prefill of a decoder on long real text: perplexity, recall of a repeated passage, other compression beside it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Int
+from ml_collections import ConfigDict
+
+from experiments import lm as experiment
+from experiments.lm import LanguageModel
+from experiments.s2o_operator import Method
+from jaxcomp.attention import apply_attention, calibrate, capture, dense_attention
+from jaxcomp.core.apply import compressed
+from jaxcomp.core.calibrate import Calibration
+from jaxcomp.core.transform import compress
+from jaxcomp.data import token_windows
+from jaxcomp.quantize import abq, rtn
+from jaxcomp.quantize.attention import quantized_attention
+
+DENSE = "dense"
+
+
+class Scored(NamedTuple):
+    """Nats per token of every window, and the share of values read, over layers, heads and windows."""
+
+    nats: list[float]
+    density: float
+
+
+def load(config: ConfigDict) -> tuple[LanguageModel, Int[np.ndarray, "n T"], Int[np.ndarray, "m T"]]:
+    """(the decoder, evaluation windows evenly spread over the held-out text, calibration windows).
+
+    Raises:
+      FileNotFoundError: the decoder was not trained yet.
+    """
+    try:
+        lm = experiment.load_model(config.model, ConfigDict(dict(dtype="float32", outlier_channels=0)))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}; experiments.extend_lm makes it") from None
+    calibration, evaluation = (
+        token_windows(lm.tokenizer.encode(text).ids, config.context) for text in experiment.read_texts("embedded")
+    )
+    spread = np.linspace(0, len(evaluation) - 1, config.windows).round().astype(int)
+    return lm, evaluation[spread], calibration[: config.calibration_windows]
+
+
+def dense_attend(query: Array, key: Array, value: Array, mask: Array, **options: Any) -> tuple[Array, None]:
+    """Dense attention in the form of `SparseAttention.attend`; nothing to report."""
+    return dense_attention(query, key, value, mask, **options), None
+
+
+def scorer(lm: LanguageModel, attend_of: Callable[[Any], Any]) -> Callable[[Any, Any, Array], tuple[Array, Array]]:
+    """Compiled `(setting, params, tokens[T]) -> (nats per token, density)`; `attend_of(setting)` is one `attend` or one per layer."""
+
+    @jax.jit
+    def run(setting, params, tokens):
+        call = lambda params, tokens: apply_attention(lm.module, attend_of(setting), {"params": params}, tokens)
+        logits, records = compressed(call)(params, tokens[None])
+        nats = optax.softmax_cross_entropy_with_integer_labels(logits[0, :-1], tokens[1:]).mean()
+        shares = [record.value_density.mean() for record in records if record is not None]
+        return nats, jnp.stack(shares).mean() if shares else jnp.ones(())
+
+    return run
+
+
+def score(
+    run: Callable[..., tuple[Array, Array]], setting: Any, params: Any, windows: Int[np.ndarray, "n T"]
+) -> Scored:
+    """Scores every window on its own."""
+    results = [jax.device_get(run(setting, params, jnp.asarray(window))) for window in windows]
+    return Scored([float(nats) for nats, _ in results], float(np.mean([share for _, share in results])))
+
+
+def uniform(lm: LanguageModel, method: Method, windows: Int[np.ndarray, "n T"]) -> list[Scored]:
+    """One threshold for all heads of all layers: one result per threshold."""
+    run = scorer(lm, lambda threshold: method[0](threshold).attend)
+    return [score(run, jnp.float32(threshold), lm.params, windows) for threshold in method[1]]
+
+
+def per_head(
+    lm: LanguageModel, method: Method, windows: Int[np.ndarray, "n T"], calibration: Array, targets: Sequence[float]
+) -> list[Scored]:
+    """A threshold per head from calibration windows: one result per target error."""
+    config = lm.config
+    run = scorer(lm, lambda levels: [method[0](level).attend for level in levels])
+    heads = captured(lm, calibration)
+    out = []
+    for target in targets:
+        levels = calibrate(*method, *heads, target).threshold.reshape(config.num_layers, config.num_heads)
+        out.append(score(run, jnp.asarray(levels), lm.params, windows))
+    return out
+
+
+def captured(lm: LanguageModel, windows: Int[np.ndarray, "n T"]) -> tuple[Array, Array, Array]:
+    """Queries, keys and values of all layers, their heads side by side: [n, T, layers * heads, d]."""
+    keep = capture(dense_attention)
+    attend = lambda query, key, value, mask, **options: keep(query, key, value, mask=mask)
+    run = jax.jit(lambda params, tokens: apply_attention(lm.module, attend, {"params": params}, tokens)[1])
+    return tuple(jnp.concatenate(parts, axis=2) for parts in zip(*run(lm.params, jnp.asarray(windows)), strict=True))
+
+
+def ratios(scored: Scored, base: Scored, draws: int = 2000) -> list[float]:
+    """[perplexity over that of dense attention, low, high]: a paired bootstrap over windows."""
+    difference = np.array(scored.nats) - np.array(base.nats)
+    picks = np.random.default_rng(0).integers(len(difference), size=(draws, len(difference)))
+    low, high = np.quantile(difference[picks].mean(1), [0.025, 0.975])
+    return np.exp([difference.mean(), min(low, difference.mean()), max(high, difference.mean())]).tolist()
+
+
+def density_within(results: Sequence[Scored], base: Scored, ratio: float) -> float | None:
+    """Density at which the perplexity comes within `ratio` of dense attention, straight lines over log density; None if never."""
+    points = sorted((np.log(r.density), ratios(r, base, 1)[0]) for r in results)
+    for (x0, y0), (x1, y1) in itertools.pairwise(points):
+        if y0 > ratio >= y1:
+            return float(np.exp(x0 + (x1 - x0) * (y0 - ratio) / (y0 - y1)))
+    return float(np.exp(points[0][0])) if points[0][1] <= ratio else None
+
+
+def recall(
+    lm: LanguageModel, run: Callable[..., Array], text: Int[np.ndarray, "T"], config: ConfigDict, depth: float
+) -> float:
+    """Share of tokens continued rightly when a passage of unrelated tokens from `depth` of a text comes again at its end."""
+    hits = []
+    for seed in range(config.repeats):
+        rng = np.random.default_rng(seed)
+        passage = rng.permutation(np.unique(text))[: config.span]
+        body = text[: len(text) - 2 * config.span]
+        place = round(depth * len(body))
+        tokens = np.concatenate([body[:place], passage, body[place:], passage])
+        guess = np.asarray(run(lm.params, jnp.asarray(tokens[None])))[0]
+        asked = config.span - config.prompt
+        hits.append((guess[-asked - 1 : -1] == passage[-asked:]).mean())
+    return float(np.mean(hits))
+
+
+def continuation(lm: LanguageModel, attend: Any) -> Callable[..., Array]:
+    """Compiled `(params, tokens) -> most likely next tokens`."""
+    call = lambda params, tokens: apply_attention(lm.module, attend, {"params": params}, tokens)[0].argmax(-1)
+    return jax.jit(call)
+
+
+def weights(lm: LanguageModel, config: ConfigDict) -> dict[str, Any]:
+    """{name: params}: dense, rounded to 4 bits, and by ABQ-LLM."""
+    settings = dict(seed=0, context=config.context, calibration_windows=config.windows, evaluation_windows=1)
+    settings = ConfigDict(settings | dict(batch_size=config.batch_size))
+    text = experiment.load_text(lm, settings, experiment.read_texts("embedded"))
+    data: Calibration = experiment.calibration(lm, settings, text)
+    learned = abq(
+        config.w_bits, config.a_bits, kv_bits=16, model=lm.module, epochs=config.epochs, batch_size=config.batch_size
+    )
+    name = f"ABQ-LLM W{config.w_bits}A{config.a_bits}"
+    return {
+        "FP32": lm.params,
+        "RTN W4A16 g64": compress(rtn(bits=4, group_size=64), lm.params, None)[0],
+        name: compress(learned, lm.params, data)[0],
+    }
+
+
+def composed(lm: LanguageModel, params: Any, attend: Any, kv_bits: int, windows: Int[np.ndarray, "n T"]) -> Scored:
+    """One cell of the composition table: queries, keys and values rounded before they are ranked and gathered."""
+    rounded = quantized_attention(kv_bits, attention_fn=attend)
+    return score(scorer(lm, lambda _: rounded), None, params, windows)
