@@ -169,15 +169,17 @@ def departures(rows: Sequence[Row]) -> list[str]:
     return found
 
 
-def load_or_measure(part: str, rounds: int, work: pathlib.Path) -> list[Row]:
-    """The rows of a part, from `work` if it was measured there."""
+def load_or_measure(part: str, rounds: int, work: pathlib.Path) -> tuple[list[Row], float]:
+    """(rows of a part, minutes that it took), from `work` if it was measured there."""
     path = work / f"{part}.json"
     if not path.is_file():
-        rows = measure(part, rounds)
+        start, rows = time.monotonic(), measure(part, rounds)
+        done = {"minutes": (time.monotonic() - start) / 60, "rows": [vars(row) for row in rows]}
         work.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
-            temporary.write_text(json.dumps([vars(row) for row in rows]))
-    return [Row(**row) for row in json.loads(path.read_text())]
+            temporary.write_text(json.dumps(done))
+    done = json.loads(path.read_text())
+    return [Row(**row) for row in done["rows"]], done["minutes"]
 
 
 def define_flags() -> None:
@@ -191,18 +193,18 @@ def define_flags() -> None:
 def main(argv) -> None:
     """Measures and writes the card `arbitrary_bit_matmul`."""
     del argv
-    f, start = flags.FLAGS, time.monotonic()
+    f = flags.FLAGS
     if unknown := set(f.parts) - set(PARTS):
         raise app.UsageError(f"unknown parts {sorted(unknown)}; known: {', '.join(PARTS)}")
     if jax.default_backend() == "cpu":
         cpu_ffi.build()
-    rows = []
+    rows, minutes = [], 0.0
     for part in f.parts:
-        rows += load_or_measure(part, f.rounds, pathlib.Path(f.work))
-        print(f"{part}: done after {time.monotonic() - start:.0f} s", flush=True)
+        found, took = load_or_measure(part, f.rounds, pathlib.Path(f.work))
+        rows, minutes = rows + found, minutes + took
+        print(f"{part}: {took:.1f} minutes", flush=True)
     device = f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, jax {jax.__version__}, {', '.join(BACKENDS)}"
     command = shlex.join(["python", "-m", "experiments.arbitrary_bit_matmul"])
-    minutes = (time.monotonic() - start) / 60
     card = Card("arbitrary_bit_matmul", PAPER, command, current_commit(), device, minutes, [0], rows, departures(rows))
     card.write(f.out)
     print(card.to_markdown())

@@ -26,6 +26,7 @@ from pallas_kernels.arbitrary_bit_matmul import api, packing
 from pallas_kernels.arbitrary_bit_matmul.shapes import SHAPES, Shape
 from pallas_kernels.arbitrary_bit_matmul.spec import WeightSpec
 
+
 class Options(NamedTuple):
     """How to measure: see the flags of the same names.
 

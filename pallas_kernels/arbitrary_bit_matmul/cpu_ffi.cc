@@ -50,18 +50,21 @@ inline int32_t total(Sums d) { return _mm512_reduce_add_epi32(d); }
 // The scales of a vector of codes that spans `count` groups, each beside the sums of its group; zero from `left` on.
 class Spread {
  public:
-  explicit Spread(int64_t count) : count_(count) {
+  explicit Spread(int64_t count) : count_(count), all_(first(count)) {
     alignas(64) int32_t source[16];
     for (int i = 0; i < 16; ++i) source[i] = static_cast<int32_t>(i * count / 16);
     source_ = _mm512_load_si512(source);
   }
   Floats operator()(const float* s, int64_t left) const {
-    const auto mask = static_cast<__mmask16>((1u << std::min(count_, left)) - 1);
-    return _mm512_permutexvar_ps(source_, _mm512_maskz_loadu_ps(mask, s));
+    if (count_ == 1) return _mm512_set1_ps(*s);
+    return _mm512_permutexvar_ps(source_, _mm512_maskz_loadu_ps(left >= count_ ? all_ : first(left), s));
   }
 
  private:
+  static __mmask16 first(int64_t count) { return static_cast<__mmask16>((1u << count) - 1); }
+
   int64_t count_;
+  __mmask16 all_;
   __m512i source_;
 };
 
@@ -77,14 +80,18 @@ class Unpacker {
     source_ = _mm512_load_si512(source);
     shift_ = _mm512_load_si512(shift);
   }
-  // 64 codes from `bytes` bytes; what lies beyond them is zero.
+  Codes operator()(const uint8_t* p) const { return codes(_mm512_maskz_loadu_epi8(all_, p)); }
+  // 64 codes of which `bytes` bytes are there; the others are zero.
   Codes operator()(const uint8_t* p, int64_t bytes) const {
-    const __mmask64 mask = bytes >= bytes_ ? all_ : ~uint64_t{0} >> (64 - bytes);
-    const __m512i octets = _mm512_permutexvar_epi8(source_, _mm512_maskz_loadu_epi8(mask, p));
-    return _mm512_and_si512(_mm512_multishift_epi64_epi8(shift_, octets), keep_);
+    return codes(_mm512_maskz_loadu_epi8(bytes >= bytes_ ? all_ : ~uint64_t{0} >> (64 - bytes), p));
   }
 
  private:
+  Codes codes(__m512i bytes) const {
+    const __m512i octets = _mm512_permutexvar_epi8(source_, bytes);
+    return _mm512_and_si512(_mm512_multishift_epi64_epi8(shift_, octets), keep_);
+  }
+
   int64_t bytes_;
   __mmask64 all_;
   __m512i keep_, source_, shift_;
@@ -157,6 +164,7 @@ class Spread {
 class Unpacker {
  public:
   explicit Unpacker(int bits) : bits_(bits) {}
+  Codes operator()(const uint8_t* p) const { return (*this)(p, 8 * bits_); }
   Codes operator()(const uint8_t* p, int64_t bytes) const {
     Codes u;
     for (int octet = 0; octet < 8; ++octet) {
@@ -192,7 +200,10 @@ class Dense {
   static constexpr int kRuns = 1;
   explicit Dense(int64_t bits) : unpack_(static_cast<int>(bits)), step_(8 * bits) {}
   int64_t step() const { return step_; }
-  void operator()(const uint8_t* p, int64_t bytes, Codes* u) const { u[0] = unpack_(p, bytes); }
+  template <class... Bytes>
+  void operator()(Codes* u, const uint8_t* p, Bytes... bytes) const {
+    u[0] = unpack_(p, bytes...);
+  }
 
  private:
   Unpacker unpack_;
@@ -205,8 +216,9 @@ class Base5 {
   static constexpr int kRuns = 3;
   explicit Base5(int64_t) : unpack_(7), digit_{Table(digits(1)), Table(digits(5)), Table(digits(25))} {}
   int64_t step() const { return 56; }
-  void operator()(const uint8_t* p, int64_t bytes, Codes* u) const {
-    Codes triples = unpack_(p, bytes);
+  template <class... Bytes>
+  void operator()(Codes* u, const uint8_t* p, Bytes... bytes) const {
+    Codes triples = unpack_(p, bytes...);
     for (int i = 0; i < kRuns; ++i) u[i] = digit_[i](triples);
   }
 
@@ -256,33 +268,48 @@ template <int N, class F>
 
 // Outputs n .. n + R - 1 of M activation rows.
 template <int M, int R, class Codec>
-void tile(const Product& p, const Codec& codec, const Spread& spread, const Sums* start, int64_t n) {
+void tile(const Product& p, const Codec& shared, const Spread& spread, const Sums* start, int64_t n) {
+  const Codec codec = shared;  // in registers
+  const int64_t step = codec.step(), stride = p.stride, groups = p.groups, segments = p.segments;
+  const int64_t length = p.chunks / segments, run = p.chunks * kCodes, whole = stride / step / length;
+  const uint8_t* w = p.w + n * stride;
+  const int8_t* x = p.x;
+  const float* scale = p.scale + n * groups;
   Floats y[R * M];
   Sums d[R * M];
   each<R * M>([&](int i) { y[i] = zero_floats(); });
-  const int64_t length = p.chunks / p.segments, run = p.chunks * kCodes;
-  for (int64_t t = 0; t < p.segments; ++t) {
-    each<R * M>([&](int i) { d[i] = start[i % M * p.segments + t]; });
-    for (int64_t c = t * length; c < (t + 1) * length; ++c) {
-      const uint8_t* w = p.w + n * p.stride + c * codec.step();
-      const int8_t* x = p.x + c * kCodes;
-      each<R>([&](int r) {
-        __builtin_prefetch(w + (r + 2 * R) * p.stride);  // hardware does not follow short rows into the next ones
-        Codes u[Codec::kRuns];
-        codec(w + r * p.stride, p.stride - c * codec.step(), u);
-        each<Codec::kRuns * M>([&](int i) { d[r * M + i % M] = dot(d[r * M + i % M], u[i / M], x + (i % M * Codec::kRuns + i / M) * run); });
-      });
-    }
-    if (p.groups == 1) continue;
-    const int64_t g = t * p.spread;
+  const auto add_chunk = [&](auto... bytes) __attribute__((always_inline)) {
     each<R>([&](int r) {
-      const Floats scale = spread(p.scale + (n + r) * p.groups + g, p.groups - g);
-      each<M>([&](int m) { y[r * M + m] = add_scaled(y[r * M + m], d[r * M + m], scale); });
+      __builtin_prefetch(w + (r + 2 * R) * stride);  // hardware does not follow short rows into the next ones
+      Codes u[Codec::kRuns];
+      codec(u, w + r * stride, bytes...);
+      each<Codec::kRuns * M>([&](int i) { d[r * M + i % M] = dot(d[r * M + i % M], u[i / M], x + (i % M * Codec::kRuns + i / M) * run); });
     });
+    w += step;
+    x += kCodes;
+  };
+  const auto begin_segment = [&](int64_t t) __attribute__((always_inline)) {
+    each<R * M>([&](int i) { d[i] = start[i % M * segments + t]; });
+  };
+  const auto end_segment = [&](int64_t left) __attribute__((always_inline)) {
+    each<R>([&](int r) {
+      __builtin_prefetch(scale + (r + 2 * R) * groups);
+      const Floats s = spread(scale + r * groups, left);
+      each<M>([&](int m) { y[r * M + m] = add_scaled(y[r * M + m], d[r * M + m], s); });
+    });
+    scale += p.spread;
+  };
+  for (int64_t t = 0; t < segments; ++t) {
+    begin_segment(t);
+    if (t < whole)
+      for (int64_t c = 0; c < length; ++c) add_chunk();
+    else
+      for (int64_t c = t * length; c < (t + 1) * length; ++c) add_chunk(stride - c * step);
+    if (groups > 1) end_segment(groups - t * p.spread);
   }
   each<R * M>([&](int i) {
     const int64_t row = n + i / M;
-    p.y[i % M * p.n + row] = p.groups > 1 ? total(y[i]) : p.scale[row] * static_cast<float>(total(d[i]));
+    p.y[i % M * p.n + row] = groups > 1 ? total(y[i]) : p.scale[row] * static_cast<float>(total(d[i]));
   });
 }
 
