@@ -1,0 +1,1 @@
+"""Correctors against the errors of quantized denoisers, and their calibration."""
