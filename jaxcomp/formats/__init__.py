@@ -2,6 +2,7 @@
 
 from jaxcomp.formats import views as _views  # noqa: F401  (registers its rules)
 from jaxcomp.formats.activation import ActivationQuantizer
+from jaxcomp.formats.conv_form import ConvFormArray
 from jaxcomp.formats.fake import FakeQuantizedArray
 from jaxcomp.formats.grid import Grid
 from jaxcomp.formats.layout import Layout
@@ -12,6 +13,7 @@ from jaxcomp.formats.quantized import QuantizedArray
 
 __all__ = [
     "ActivationQuantizer",
+    "ConvFormArray",
     "FakeQuantizedArray",
     "Grid",
     "Layout",

@@ -1,0 +1,5 @@
+"""Exact rewrites for the machine that a network runs on."""
+
+from jaxcomp.deploy.convolutions import cpu_convolutions
+
+__all__ = ["cpu_convolutions"]

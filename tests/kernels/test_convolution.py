@@ -1,0 +1,107 @@
+"""The C++ convolution, with the machine's vectors and in portable code, against a convolution in numpy float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import native
+from pallas_kernels.convolution import api, convolution
+
+needs_compiler = pytest.mark.skipif(native.compiler() is None, reason="no C++ compiler")
+SHAPES = [  # N, H, W, I, O, window: fewer pixels than a tile, odd channels, several vectors, several groups of vectors
+    (2, 5, 7, 3, 5, (3, 3)),
+    (1, 17, 26, 46, 52, (3, 3)),
+    (1, 9, 13, 8, 70, (1, 1)),
+    (1, 4, 30, 5, 33, (5, 3)),
+    (3, 1, 1, 1, 16, (3, 3)),
+]
+
+
+@pytest.fixture(scope="module", params=["vectors", "portable"])
+def kernel(request, kernel_cache):
+    """Registers one build of the kernel under a name of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "portable":
+            patch.setattr(api, "_FLAGS", tuple(f for f in native.FLAGS if f != "-march=native"))
+        patch.setattr(api, "_TARGET", f"convolution_{request.param}")
+        api._register.cache_clear()
+        yield jax.jit(lambda x, w: convolution(x, w, "cpu_ffi"))
+    api._register.cache_clear()
+    jax.clear_caches()
+
+
+def problem(shape, dtype, seed=0):
+    n, h, w, inputs, outputs, window = shape
+    rng = np.random.default_rng(seed)
+    draw = lambda *sizes: jnp.asarray(rng.normal(size=sizes), dtype)
+    return draw(n, h, w, inputs), draw(*window, inputs, outputs)
+
+
+def expected(x, kernel):
+    x, kernel = (np.asarray(a.astype(jnp.float32), np.float64) for a in (x, kernel))
+    h, w = kernel.shape[:2]
+    padded = np.pad(x, ((0, 0), (h // 2, h // 2), (w // 2, w // 2), (0, 0)))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (h, w), (1, 2))
+    return np.einsum("nrcihw,hwio->nrco", windows, kernel)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 0.01)])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_equals_the_definition(kernel, shape, dtype, tolerance):
+    x, w = problem(shape, dtype)
+    y, want = kernel(x, w), expected(x, w)
+    assert y.dtype == x.dtype
+    np.testing.assert_allclose(y.astype(jnp.float32), want, atol=tolerance * np.abs(want).max())
+
+
+@needs_compiler
+def test_bfloat16_sums_are_float32(kernel):
+    """1 + 256 times 2^-9: a bfloat16 sum would stay at 1."""
+    x = jnp.full((1, 1, 1, 257), 2.0**-9, jnp.bfloat16).at[..., 0].set(1)
+    assert float(kernel(x, jnp.ones((1, 1, 257, 1), jnp.bfloat16))[0, 0, 0, 0]) == 1.5
+
+
+@needs_compiler
+def test_values_that_are_not_finite_pass_through(kernel):
+    x = jnp.zeros((1, 3, 3, 1), jnp.bfloat16).at[0, 1, 1, 0].set(jnp.nan).at[0, 0, 0, 0].set(jnp.inf)
+    y = kernel(x, jnp.ones((1, 1, 1, 1), jnp.bfloat16)).astype(jnp.float32)
+    assert np.isnan(y[0, 1, 1, 0]) and np.isinf(y[0, 0, 0, 0]) and np.isfinite(y).sum() == 7
+
+
+@needs_compiler
+def test_vmap(kernel):
+    x, w = problem(SHAPES[0], "float32")
+    np.testing.assert_array_equal(jax.vmap(kernel, (0, None))(x[:, None], w)[:, 0], kernel(x, w))
+
+
+def test_xla_is_the_fallback():
+    x, w = problem(SHAPES[0], "float32")
+    np.testing.assert_allclose(convolution(x, w, "xla"), expected(x, w), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "x, kernel, implementation, message",
+    [
+        ((1, 4, 4, 3), (2, 3, 3, 5), None, "h and w odd, found x float32"),
+        ((1, 4, 4, 3), (3, 3, 4, 5), None, r"kernel float32 \(3, 3, 4, 5\)"),
+        ((1, 4, 4, 3), (3, 3, 3, 5), "cuda", "implementation 'cuda' is unknown"),
+    ],
+)
+def test_wrong_arguments_are_refused(x, kernel, implementation, message):
+    with pytest.raises(ValueError, match=message):
+        convolution(jnp.zeros(x), jnp.zeros(kernel), implementation)
+
+
+def test_mixed_dtypes_are_refused():
+    with pytest.raises(ValueError, match="float32 or bfloat16, the same for both"):
+        convolution(jnp.zeros((1, 4, 4, 3)), jnp.zeros((3, 3, 3, 5), jnp.bfloat16))
+
+
+@needs_compiler
+def test_is_built_after_build(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(api, "_FLAGS", ("-std=c++17", "-O0", "-fPIC", "-shared", "-w"))
+    assert not api.is_built()
+    assert api.build().is_file() and api.is_built()
