@@ -8,20 +8,14 @@ read as they lie; floating-point rows enter as three int8 digits each, as in `ac
 
 from __future__ import annotations
 
-import ctypes
 import functools
-import hashlib
-import os
 import pathlib
-import platform
-import shutil
-import subprocess
-import tempfile
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels import native
 from pallas_kernels.arbitrary_bit_matmul.layouts import Prepared
 from pallas_kernels.arbitrary_bit_matmul.spec import Backend, WeightSpec
 
@@ -29,7 +23,7 @@ SOURCE = pathlib.Path(__file__).with_name("cpu_ffi.cc")
 DIGITS = 3
 MAX_ROWS = 16  # int8 rows above which XLA's product is faster
 _TARGET = "pallas_kernels_arbitrary_bit_matmul"
-_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-march=native", "-w")
+_FLAGS = native.FLAGS
 
 
 def matmul(x: jax.Array, weight: Prepared, scale: Float[Array, "n g"], spec: WeightSpec) -> Float[Array, "m n"]:
@@ -48,7 +42,7 @@ def refuse(spec: WeightSpec, x: jax.Array) -> str | None:
         return f"{x.shape[0]} rows of {x.dtype}; it is for at most {most}, XLA is faster above"
     if spec.groups > 1 and spec.group_size % 64 and spec.group_size not in (4, 8, 16, 32):
         return f"groups of {spec.group_size} columns; it takes 4, 8, 16, 32, multiples of 64, or one group"
-    return None if is_built() or _compiler() else "no C++ compiler found (set CXX)"
+    return None if is_built() or native.compiler() else "no C++ compiler found (set CXX)"
 
 
 def layouts(spec: WeightSpec) -> tuple[str, ...]:
@@ -61,57 +55,14 @@ BACKEND = Backend("cpu_ffi", layouts, refuse, matmul)
 
 def is_built() -> bool:
     """Whether the library is in the user's cache for this source, compiler flags and machine."""
-    return _library().is_file()
+    return native.library(SOURCE, _FLAGS).is_file()
 
 
 def build() -> pathlib.Path:
-    """Compiles the library into the user's cache, if it is not there, and returns its path.
-
-    Raises:
-      RuntimeError: no compiler, or it failed; its output is part of the message.
-    """
-    library = _library()
-    if library.is_file():
-        return library
-    if (compiler := _compiler()) is None:
-        raise RuntimeError(
-            "cpu_ffi: no C++ compiler found; install g++ or clang++, or set CXX, or use implementation='xla'"
-        )
-    library.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-        built = pathlib.Path(folder) / "lib.so"
-        command = [compiler, *_FLAGS, f"-I{jax.ffi.include_dir()}", str(SOURCE), "-o", str(built)]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        if result.returncode:
-            raise RuntimeError(f"cpu_ffi: {' '.join(command)} failed with {result.returncode}:\n{result.stderr[:2000]}")
-        os.replace(built, library)
-    return library
+    """Compiles the library into the user's cache, if it is not there, and returns its path. Raises RuntimeError."""
+    return native.build(SOURCE, _FLAGS)
 
 
 @functools.cache
 def _register() -> None:
-    library = ctypes.CDLL(str(build()))
-    jax.ffi.register_ffi_target(_TARGET, jax.ffi.pycapsule(library.ArbitraryBitMatmul), platform="cpu")
-
-
-def _library() -> pathlib.Path:
-    """Where the library is: named by source, flags, jax's headers and the machine's instruction sets."""
-    facts = (SOURCE.read_bytes(), " ".join(_FLAGS).encode(), jax.__version__.encode(), _machine().encode())
-    digest = hashlib.sha256(b"\0".join(facts)).hexdigest()[:16]
-    root = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    return pathlib.Path(root) / "pallas_kernels" / f"arbitrary_bit_matmul-{digest}.so"
-
-
-@functools.cache
-def _machine() -> str:
-    try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    flags = next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
-    return f"{platform.system()} {platform.machine()} {flags}"
-
-
-def _compiler() -> str | None:
-    named = os.environ.get("CXX")
-    return shutil.which(named) if named else shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
+    native.register(_TARGET, "ArbitraryBitMatmul", build())

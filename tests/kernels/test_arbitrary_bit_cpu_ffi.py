@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import native
 from pallas_kernels.arbitrary_bit_matmul import api, arbitrary_bit_matmul, cpu_ffi, pack_dense, prepare, weight_spec
 from pallas_kernels.arbitrary_bit_matmul.layouts import Prepared, convert
 
-needs_compiler = pytest.mark.skipif(cpu_ffi._compiler() is None, reason="no C++ compiler")
+needs_compiler = pytest.mark.skipif(native.compiler() is None, reason="no C++ compiler")
 
 
 @pytest.fixture(scope="module", params=["native", "scalar"])
