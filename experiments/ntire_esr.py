@@ -20,13 +20,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
-from jaxtyping import Float
 from rich.console import Console
 from rich.table import Table
 
+from experiments import sr
 from experiments.cards import Card, Row, current_commit
 from jaxcomp.data.bicubic import imresize
-from jaxcomp.data.images import read_rgb
 from jaxcomp.evaluate.challenge import (
     Entry,
     Ranks,
@@ -36,7 +35,7 @@ from jaxcomp.evaluate.challenge import (
     rank,
 )
 from jaxcomp.evaluate.complexity import Complexity, complexity
-from jaxcomp.evaluate.restoration import Restoration, restoration, restorer
+from jaxcomp.evaluate.restoration import restorer
 from jaxcomp.evaluate.throughput import Paired, paired, program_memory
 from jaxcomp.io.super_resolution import load_super_resolver
 from jaxcomp.models.imdn import IMDN
@@ -51,8 +50,8 @@ WEIGHTS = {
 }
 PAPER = "RLFN, paper's 6 blocks"
 SCORED = WEIGHTS | {PAPER: ("rlfn_x4", "rlfn_x4.safetensors")}
-SET5_OF_PAPER = {(PAPER, "PSNR-Y"): 32.24, (PAPER, "SSIM-Y"): 0.8952}
-SET5 = ("baby", "bird", "butterfly", "head", "woman")
+SET5_OF_PAPER = {(PAPER, "y"): (32.24, 0.8952)}
+TRACKS = ("main", "complexity", "overall")
 ERRATUM = (
     "Alpan and MegSR both score 18 in the complexity track; the paper prints ranks 10 and 9, by its own rule of shared "
     "ranks both are 9. All other 104 printed ranks of the 35 teams are reproduced; where rounded figures are equal the "
@@ -115,18 +114,17 @@ def entries(measured: Measured) -> list[Entry]:
     ]
 
 
-def set5(data: pathlib.Path) -> dict[tuple[str, str], Restoration]:
-    """{(network or "bicubic", channel): scores} of the published weights on Set5 x4."""
-    read = lambda kind, name: read_rgb(data / "sr" / "set5" / kind / f"{name}.png")
-    pairs = [(name, read("LR_x4", name), read("HR", name)) for name in SET5]
+def quality_rows(data: pathlib.Path) -> list[Row]:
+    """PSNR and SSIM of bicubic and of the published weights on Set5 x4, on Y and on RGB."""
     restorers = {"bicubic": lambda low: np.asarray(imresize(low, 4))}
     for name, (model, file) in SCORED.items():
         restorers[name] = restorer(*load_super_resolver(model, data / "sr" / "weights" / file))
-    return {
-        (name, channel): restoration(restore, pairs, border=4, channel=channel)
-        for name, restore in restorers.items()
-        for channel in ("y", "rgb")
-    }
+    found = []
+    for name, restore in restorers.items():
+        for score in sr.scores(restore, sr.set5(data), 4):
+            paper = SET5_OF_PAPER.get((name, score.channel), (None, None))
+            found += sr.quality_rows(name, "set5 x4", score, paper=paper)
+    return found
 
 
 def rows(measured: Measured, ranks: Mapping[str, Ranks], size: int) -> list[Row]:
@@ -135,47 +133,27 @@ def rows(measured: Measured, ranks: Mapping[str, Ranks], size: int) -> list[Row]
     for entry in entries(measured):
         name, costs = entry.name, entry.costs
         paper = published()[name].costs if size == 256 else {}
-        milliseconds = measured.times.seconds[name] * 1e3
-        intervals = [
-            *(
-                exact(metric, unit, costs[metric])
-                for metric, unit in (("params", "M"), ("flops", "G"), ("activations", "M"))
-            ),
-            exact("convolutions", "", measured.complexity[name].convs),
-            exact("program memory", "MiB", costs["memory"]),
-            ("time", "ms", costs["time"], *median_interval(milliseconds)),
-            ("speedup over IMDN", "", *measured.times.speedup(name, "IMDN")),
-            *(exact(f"rank, {track}", "", getattr(ranks[name], track)) for track in ("main", "complexity", "overall")),
+        counts = [("params", "params_M", "M"), ("flops", "flops_G", "G"), ("activations", "activations_M", "M")]
+        result += [
+            Row(name, setting, *sr.exact(metric, unit, costs[cost]), paper.get(cost)) for cost, metric, unit in counts
         ]
-        counted = ("params", "flops", "activations")
-        result += [Row(name, setting, *row, paper.get(row[0]) if row[0] in counted else None) for row in intervals]
+        measures = [
+            sr.exact("convolutions", "", measured.complexity[name].convs),
+            sr.exact("memory_MB", "MiB", costs["memory"]),
+            ("runtime_ms", "ms", *sr.median_interval(measured.times.seconds[name] * 1e3)),
+            ("speedup_vs_imdn", "", *measured.times.speedup(name, "IMDN")),
+            *(sr.exact(f"rank_{track}", "", getattr(ranks[name], track)) for track in TRACKS),
+        ]
+        result += [Row(name, setting, *measure) for measure in measures]
     return result
 
 
-def exact(metric: str, unit: str, value: float) -> tuple[str, str, float, float, float]:
-    """Fields of a row whose value has no spread."""
-    return metric, unit, value, value, value
-
-
-def median_interval(values: Float[np.ndarray, "n"], resamples: int = 2000) -> tuple[float, float]:
-    """95 % bootstrap interval of the median, seed 0."""
-    draws = np.random.default_rng(0).choice(values, (resamples, len(values)))
-    low, high = np.quantile(np.median(draws, axis=1), [0.025, 0.975])
-    return float(low), float(high)
-
-
-def quality_rows(scores: Mapping[tuple[str, str], Restoration]) -> list[Row]:
-    """PSNR and SSIM on Set5 with bootstrap intervals of the mean over its images."""
-    result = []
-    for (name, channel), score in scores.items():
-        for metric, unit, values in (("PSNR", "dB", score.psnrs), ("SSIM", "", score.ssims)):
-            values = np.array(list(values.values()))
-            means = np.random.default_rng(0).choice(values, (2000, len(values))).mean(axis=1)
-            low, high = map(float, np.quantile(means, [0.025, 0.975]))
-            metric = f"{metric}-{channel.upper()}"
-            fields = (metric, unit, float(values.mean()), low, high, SET5_OF_PAPER.get((name, metric)))
-            result.append(Row(name, f"Set5 x4, {score.convention}", *fields))
-    return result
+def table_of_ranks(ranks: Mapping[str, Ranks]) -> Table:
+    """The three tracks among the networks that ran here."""
+    table = Table("network", *TRACKS, title="tracks on this machine")
+    for name, found in ranks.items():
+        table.add_row(name, *(str(getattr(found, track)) for track in TRACKS))
+    return table
 
 
 def table_of_printed_ranks() -> Table:
@@ -194,11 +172,12 @@ def table_of_printed_ranks() -> Table:
 
 
 def run(size: int, rounds: int, data: pathlib.Path | None, command: str) -> Card:
-    """Measures, ranks, and scores on Set5 where there are data."""
+    """Measures, ranks, prints the tracks, and scores on Set5 where there are data."""
     start = time.monotonic()
     measured = measure(NETWORKS, size, rounds)
-    found = rows(measured, rank(entries(measured)), size)
-    found += quality_rows(set5(data)) if data else []
+    ranks = rank(entries(measured))
+    Console().print(table_of_ranks(ranks))
+    found = rows(measured, ranks, size) + (quality_rows(data) if data else [])
     load, cores = max(measured.times.load), measured.times.cores
     device = f"{jax.devices()[0].device_kind}, {cores} cores, load {load:.1f}, jax {jax.__version__}"
     flags_of = [f"{name}: {flag}" for name, count in measured.complexity.items() for flag in count.flags]

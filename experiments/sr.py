@@ -1,7 +1,8 @@
-"""What experiments on super-resolution share: images, their degradation, patches, PSNR as rows of a card."""
+"""What experiments on super-resolution share: images, their degradation, patches, scores and times as rows of cards."""
 
+import dataclasses
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -9,10 +10,10 @@ import flax.linen as nn
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from experiments.cards import Row
+from experiments.cards import Card, Row
 from jaxcomp.data.bicubic import imresize
 from jaxcomp.data.images import FORMATS, ImageError, read_rgb
-from jaxcomp.evaluate.restoration import Restoration, mod_crop
+from jaxcomp.evaluate.restoration import Restoration, mod_crop, restoration
 from jaxcomp.models.ditn import DITN
 from jaxcomp.models.imdn import IMDN
 from jaxcomp.models.rfdn import RFDN
@@ -114,22 +115,54 @@ def _patch(pair: Pair, positions: tuple[int, int], scale: int, patch: int, rng: 
     return Pair(cut(pair.low, 1), cut(pair.high, scale))
 
 
+def scores(
+    restore: Callable[[Image], Image], pairs: Sequence[tuple[str, Image, Image]], scale: int
+) -> list[Restoration]:
+    """PSNR and SSIM of `restore(low)` against high on Y, then on RGB."""
+    restored = [(name, restore(low), high) for name, low, high in pairs]
+    return [restoration(lambda image: image, restored, border=scale, channel=channel) for channel in ("y", "rgb")]
+
+
 def quality_rows(
     method: str,
     setting: str,
     score: Restoration,
-    float_score: Restoration | None = None,
+    base: Restoration | None = None,
     paper: tuple[float | None, float | None] = (None, None),
 ) -> list[Row]:
-    """PSNR and SSIM with a bootstrap interval of the mean over images, and the cost against a float network."""
-    channel, rows = score.channel.upper(), []
-    columns = [(f"PSNR-{channel}", "dB", score.psnrs, paper[0]), (f"SSIM-{channel}", "", score.ssims, paper[1])]
-    if float_score is not None:
-        loss = {name: float_score.psnrs[name] - value for name, value in score.psnrs.items()}
-        columns.append((f"PSNR-{channel} lost to float", "dB", loss, None))
+    """PSNR and SSIM with a bootstrap interval of the mean over images, and the PSNR that is lost against `base`."""
+    columns = [("psnr", "dB", score.psnrs, paper[0]), ("ssim", "", score.ssims, paper[1])]
+    if base is not None:
+        loss = {name: base.psnrs[name] - value for name, value in score.psnrs.items()}
+        columns.append(("lost_psnr", "dB", loss, None))
+    rows = []
     for metric, unit, values, published in columns:
         numbers = np.array(list(values.values()))
         means = np.random.default_rng(0).choice(numbers, (2000, len(numbers))).mean(axis=1)
         low, high = map(float, np.quantile(means, [0.025, 0.975]))
-        rows.append(Row(method, setting, metric, unit, float(numbers.mean()), low, high, published))
+        fields = (f"{metric}_{score.channel}", unit, float(numbers.mean()), low, high, published)
+        rows.append(Row(method, setting, *fields, f"psnr, ssim: {score.convention}; intervals over images"))
     return rows
+
+
+def exact(metric: str, unit: str, value: float) -> tuple[str, str, float, float, float]:
+    """Fields of a row whose value has no spread."""
+    return metric, unit, value, value, value
+
+
+def median_interval(values: Float[np.ndarray, "n"], resamples: int = 2000) -> tuple[float, float, float]:
+    """(median, low, high): 95 % bootstrap interval, seed 0."""
+    draws = np.random.default_rng(0).choice(values, (resamples, len(values)))
+    low, high = np.quantile(np.median(draws, axis=1), [0.025, 0.975])
+    return float(np.median(values)), float(low), float(high)
+
+
+def cited_rows(folder: str | pathlib.Path, name: str, chosen: Callable[[Row], bool]) -> list[Row]:
+    """Rows of another card of the folder, marked as such; none where that card has not been made."""
+    path = pathlib.Path(folder) / f"{name}.json"
+    if not path.exists():
+        return []
+    card = Card.from_json(path.read_text(encoding="utf-8"))
+    source = f"from the card {name}, commit {card.commit}"
+    note = lambda row: f"{row.note}; {source}" if row.note else source
+    return [dataclasses.replace(row, note=note(row)) for row in card.rows if chosen(row)]

@@ -12,7 +12,7 @@ import pathlib
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -33,9 +33,11 @@ from jaxcomp.core.transform import chain, compress, wrap_optax
 from jaxcomp.data.bicubic import imresize
 from jaxcomp.evaluate.restoration import Restoration, restoration, restorer
 from jaxcomp.io import orbax
+from jaxcomp.io.super_resolution import PUBLISHED, save_super_resolver
 from jaxcomp.models.contrastive import contrastive_loss, shallow_features
 from jaxcomp.sparsify import remove_zero_filters, rlfn_spaces, soft_filter_pruning
 
+Restorer = Callable[[sr.Image], sr.Image]
 _SHOWN = 160  # pixels of an image in TensorBoard
 
 
@@ -196,7 +198,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, data_dir: str | None = None
     params = stages[-1].result(state)
     model = stages[-1].model
     model = model.clone(channels=params["head"]["bias"].size)
-    return Trained(model, params, *evaluate(model, params, held_out))
+    return Trained(model, params, *evaluate(restorer(model, params), model.scale, held_out))
 
 
 def restore(manager: ocp.CheckpointManager, stages: list[Stage], config: ConfigDict) -> State | None:
@@ -229,9 +231,10 @@ def run_stage(
             scalars = {"train/loss": float(jnp.mean(jnp.stack(losses))), "train/learning_rate": float(rate)}
             losses.clear()
         if due(config.eval_every):
-            score, _ = evaluate(stage.model, state.average, held_out)
+            run = restorer(stage.model, state.average)
+            score, _ = evaluate(run, stage.model.scale, held_out)
             scalars |= {"evaluation/PSNR-Y": score.psnr, "evaluation/SSIM-Y": score.ssim}
-            log.add_image("evaluation", gallery(stage.model, state.average, held_out), step, dataformats="HWC")
+            log.add_image("evaluation", gallery(run, stage.model.scale, held_out), step, dataformats="HWC")
         for name, value in scalars.items():
             log.add_scalar(name, value, step)
         if scalars:
@@ -242,20 +245,20 @@ def run_stage(
     return state
 
 
-def evaluate(model: nn.Module, params: Any, images: Mapping[str, sr.Image]) -> tuple[Restoration, Restoration]:
+def evaluate(run: Restorer, scale: int, images: Mapping[str, sr.Image]) -> tuple[Restoration, Restoration]:
     """Scores on Y of the network and of bicubic."""
-    pairs = [(name, *sr.degrade(image, model.scale)) for name, image in images.items()]
-    bicubic = lambda low: np.asarray(imresize(low, model.scale))
-    score = lambda restore: restoration(restore, pairs, border=model.scale, channel="y")
-    return score(restorer(model, params)), score(bicubic)
+    pairs = [(name, *sr.degrade(image, scale)) for name, image in images.items()]
+    bicubic = lambda low: np.asarray(imresize(low, scale))
+    score = lambda restore: restoration(restore, pairs, border=scale, channel="y")
+    return score(run), score(bicubic)
 
 
-def gallery(model: nn.Module, params: Any, images: Mapping[str, sr.Image]) -> sr.Image:
+def gallery(run: Restorer, scale: int, images: Mapping[str, sr.Image]) -> sr.Image:
     """One row per image: bicubic, the network, the truth."""
-    run, rows = restorer(model, params), []
+    rows = []
     for image in images.values():
-        low, high = sr.degrade(sr.centre(image, _SHOWN), model.scale)
-        rows.append(np.concatenate([np.asarray(imresize(low, model.scale)), run(low), high], axis=1))
+        low, high = sr.degrade(sr.centre(image, _SHOWN), scale)
+        rows.append(np.concatenate([np.asarray(imresize(low, scale)), run(low), high], axis=1))
     return np.concatenate(rows)
 
 
@@ -265,6 +268,8 @@ def define_flags() -> None:
     flags.DEFINE_string("workdir", None, "Checkpoints and logs.", required=True)
     flags.DEFINE_string("data_dir", None, "Folder of training images; default: those that ship with scikit-image.")
     flags.DEFINE_string("export", None, "Folder for the trained params (Orbax); none is written without it.")
+    flags.DEFINE_string("safetensors", None, "File for them in the layout of --save_as, float16.")
+    flags.DEFINE_enum("save_as", None, list(PUBLISHED), "Whose names and layout --safetensors has.")
     flags.mark_flag_as_required("config")
 
 
@@ -273,13 +278,17 @@ def main(argv) -> None:
     del argv
     logging.set_verbosity(logging.WARNING)  # Orbax logs every file
     args = flags.FLAGS
+    if (args.safetensors is None) != (args.save_as is None):
+        raise SystemExit("train_sr: --safetensors and --save_as go together")
     done = train(args.config, pathlib.Path(args.workdir), args.data_dir)
     print(f"PSNR {done.score.psnr:.3f} dB, SSIM {done.score.ssim:.4f} (bicubic {done.bicubic.psnr:.3f} dB)")
     print(done.score.convention)
+    command = shlex.join(["python", "-m", "experiments.train_sr", *sys.argv[1:]])
     if args.export:
-        command = shlex.join(["python", "-m", "experiments.train_sr", *sys.argv[1:]])
         psnr = {"network": done.score.psnr, "bicubic": done.bicubic.psnr}
         orbax.save(args.export, done.params, {"command": command, "config": args.config.to_dict(), "psnr_y": psnr})
+    if args.safetensors:
+        save_super_resolver(args.save_as, args.safetensors, done.params, "float16", {"command": command})
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""Upscales an image with a published super-resolution network.
+"""Upscales an image with a super-resolution network: the small one that ships with the package, or a published one.
 
-    python -m experiments.upscale --image=FILE --model=rlfn_x4 --weights=FILE.safetensors [--out=FILE.png] [--reference=FILE]
+    python -m experiments.upscale [--image=FILE] [--out=FILE.png] [--reference=FILE]
+    python -m experiments.upscale --image=FILE --model=rlfn_x4 --weights=FILE.safetensors
 
-Writes a PNG and beside it an HTML page that shows bicubic and the network side by side. Large images go through the network
-in tiles. Alpha is resized by bicubic; grey stays grey, 16-bit grey stays 16 bits.
+Without an image it takes a photograph that ships with scikit-image, shrunk, and its truth as the reference. Writes a PNG and
+beside it an HTML page that shows bicubic and the network side by side. Large images go through the network in tiles. Alpha is
+resized by bicubic; grey stays grey, 16-bit grey stays 16 bits.
 """
 
 import base64
@@ -20,14 +22,17 @@ import PIL.Image
 from absl import app, flags
 from jaxtyping import UInt, UInt8
 
+from experiments import sr
 from jaxcomp.core.tiling import spans, tiled
 from jaxcomp.data.bicubic import imresize
 from jaxcomp.data.images import MAX_PIXELS, ImageError, Picture, check_png, read_image, read_rgb, write_image
 from jaxcomp.evaluate.restoration import psnr, restorer, ssim
 from jaxcomp.io.files import replacing
-from jaxcomp.io.super_resolution import PUBLISHED, load_super_resolver
+from jaxcomp.io.super_resolution import PUBLISHED, SMALL, load_super_resolver
 from jaxcomp.models.sr_blocks import SuperResolver
 
+_SMALL = "rlfn_small_x4"
+_SAMPLE, _SAMPLE_SIZE = "astronaut", 384
 _SHOWN = 480  # pixels of the result and axis that the page shows
 _CSS = """
 body{font:15px/1.5 system-ui,sans-serif;color:#1d2733;background:#f6f7f9;max-width:1500px;margin:0 auto;padding:28px 20px}
@@ -79,6 +84,15 @@ def upscale(job: Job) -> dict[str, str]:
     with replacing(job.out.with_suffix(".html")) as temporary:
         temporary.write_text(page(facts, shown), encoding="utf-8")
     return facts
+
+
+def sample(folder: pathlib.Path, scale: int) -> tuple[pathlib.Path, pathlib.Path]:
+    """Writes a small photograph and its truth to the folder; raises `ImageError` without scikit-image."""
+    pair = sr.degrade(sr.centre(sr.bundled_images([_SAMPLE])[_SAMPLE], _SAMPLE_SIZE), scale)
+    paths = folder / f"{_SAMPLE}.png", folder / f"{_SAMPLE}_true.png"
+    for path, pixels in zip(paths, pair, strict=True):
+        write_image(path, Picture(pixels))
+    return paths
 
 
 def read_reference(path: pathlib.Path, picture: Picture, scale: int) -> UInt8[np.ndarray, "H W 3"]:
@@ -162,9 +176,9 @@ def _data_url(image: np.ndarray) -> str:
 
 def define_flags() -> None:
     """The flags of the script."""
-    flags.DEFINE_string("image", None, "Image to upscale.", required=True)
-    flags.DEFINE_enum("model", "rlfn_x4", list(PUBLISHED), "Network.")
-    flags.DEFINE_string("weights", None, "Its published tensors, safetensors.", required=True)
+    flags.DEFINE_string("image", None, "Image to upscale; default: a photograph that ships with scikit-image.")
+    flags.DEFINE_enum("model", _SMALL, list(PUBLISHED), "Network.")
+    flags.DEFINE_string("weights", None, f"Its published tensors, safetensors; {_SMALL} ships with the package.")
     flags.DEFINE_string("out", None, "Output PNG; default: IMAGE_x<scale>.png in the working folder.")
     flags.DEFINE_string("reference", None, "The true large image: PSNR and SSIM are reported.")
     flags.DEFINE_integer("tile", 256, "Pixels per tile and axis, without overlap.", lower_bound=1)
@@ -172,16 +186,26 @@ def define_flags() -> None:
     flags.DEFINE_integer("max_pixels", MAX_PIXELS, "Larger images are refused.", lower_bound=1)
 
 
+def job_of(args: flags.FlagValues) -> Job:
+    """What the flags ask for. Raises `ImageError` as `sample`, ValueError for a network without weights."""
+    scale, folder = PUBLISHED[args.model].model().scale, pathlib.Path(args.out or ".").parent
+    if args.weights is None and args.model != _SMALL:
+        raise ValueError(f"--model={args.model} needs --weights=FILE.safetensors; only {_SMALL} ships with the package")
+    image = args.image and pathlib.Path(args.image)
+    reference = args.reference and pathlib.Path(args.reference)
+    if image is None:
+        image, reference = sample(folder, scale)
+    out = pathlib.Path(args.out or f"{image.stem}_x{scale}.png")
+    weights = pathlib.Path(args.weights or SMALL)
+    return Job(image, args.model, weights, out, reference, args.tile, args.overlap, args.max_pixels)
+
+
 def main(argv) -> None:
     """Upscales and says what was done; a bad input is one line, not a traceback."""
     del argv
     args = flags.FLAGS
-    image, scale = pathlib.Path(args.image), PUBLISHED[args.model].model().scale
-    out = pathlib.Path(args.out or f"{image.stem}_x{scale}.png")
-    reference = args.reference and pathlib.Path(args.reference)
-    weights = pathlib.Path(args.weights)
-    job = Job(image, args.model, weights, out, reference, args.tile, args.overlap, args.max_pixels)
     try:
+        job = job_of(args)
         facts = upscale(job)
     except ValueError as error:  # ImageError, CheckpointError
         raise SystemExit(f"upscale: {error}") from None

@@ -8,7 +8,7 @@ logits = jax.jit(jaxcomp.compressed(model.apply))(small, x)
 print(jaxcomp.explain(model.apply, small, x))
 """
 
-from jaxcomp import fold, formats, quantize, sparsify
+from jaxcomp import deploy, fold, formats, quantize, sparsify
 from jaxcomp.core.apply import compressed, explain
 from jaxcomp.core.calibrate import Calibration
 from jaxcomp.core.leaf import is_compressed, materialise, materialise_tree, nbytes
@@ -33,6 +33,7 @@ __all__ = [
     "chain",
     "compress",
     "compressed",
+    "deploy",
     "explain",
     "fold",
     "formats",

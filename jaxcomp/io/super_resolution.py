@@ -1,13 +1,16 @@
 """Published super-resolution checkpoints: which network each is, and how its tensors are named."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
 
-from jaxcomp.io.torch_layout import open_torch, read_params, torch_name
+from jaxcomp.data.text import ASSETS
+from jaxcomp.io.safetensors import save_safetensors
+from jaxcomp.io.torch_layout import open_torch, read_params, to_torch, torch_name
 from jaxcomp.models.imdn import IMDN
 from jaxcomp.models.rfdn import RFDN
 from jaxcomp.models.rlfn import RLFN, rlfn_ntire, rlfn_s
@@ -44,10 +47,13 @@ PUBLISHED = {
     "rlfn_x2": Published(lambda: RLFN(scale=2), _RLFN),
     "rlfn_s_x4": Published(rlfn_s, _RLFN),
     "rlfn_s_x2": Published(lambda: rlfn_s(2), _RLFN),
+    "rlfn_small_x4": Published(lambda: RLFN(24, 24, 4, 8, data_range=1.0), _RLFN),  # ours, ships with the package
     "rlfn_ntire_x4": Published(rlfn_ntire, _RLFN),
     "imdn_ntire_x4": Published(IMDN, (_IMDN,)),
     "rfdn_ntire_x4": Published(RFDN, (_RFDN,)),
 }
+
+SMALL = ASSETS / "sr" / "rlfn_small_x4.safetensors"  # trained as configs/sr/embedded.py says
 
 
 def param_shapes(model: nn.Module) -> dict[str, Any]:
@@ -63,10 +69,31 @@ def load_super_resolver(name: str, path) -> tuple[nn.Module, dict[str, Any]]:
       ValueError: the name is unknown.
       CheckpointError: the file is damaged, pickled or holds another network.
     """
-    if name not in PUBLISHED:
-        raise ValueError(f"model {name!r} is unknown; expected one of {', '.join(PUBLISHED)}")
-    model = PUBLISHED[name].model()
+    model = _published(name).model()
     with open_torch(path) as tensors:
         held = set(tensors.keys())
         naming = max(PUBLISHED[name].names, key=lambda names: torch_name("head/kernel", names) in held)
         return model, read_params(tensors, param_shapes(model), lambda param: torch_name(param, naming))
+
+
+def save_super_resolver(
+    name: str, path, params: Mapping[str, Any], dtype="float32", metadata: Mapping[str, str] | None = None
+) -> None:
+    """Writes params as the checkpoint `name` is published: the inverse of `load_super_resolver`, up to the dtype.
+
+    Raises:
+      ValueError: the name is unknown, or the params are those of another network.
+    """
+    published = _published(name)
+    flat, expected = (flatten_dict(tree, sep="/") for tree in (params, param_shapes(published.model())))
+    shapes = lambda leaves: {param: tuple(leaf.shape) for param, leaf in leaves.items()}
+    if differ := sorted({param for param, _ in shapes(flat).items() ^ shapes(expected).items()}):
+        raise ValueError(f"params are not those of {name}: {differ[0]} differs; choose the name of their network")
+    tensors = {torch_name(param, published.names[0]): to_torch(leaf, dtype) for param, leaf in flat.items()}
+    save_safetensors(path, tensors, metadata)
+
+
+def _published(name: str) -> Published:
+    if name not in PUBLISHED:
+        raise ValueError(f"model {name!r} is unknown; expected one of {', '.join(PUBLISHED)}")
+    return PUBLISHED[name]

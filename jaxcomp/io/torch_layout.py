@@ -50,6 +50,11 @@ def read_params(tensors: Safetensors, shapes: dict[str, Any], name_of: Callable[
     return unflatten_dict(params, sep="/")
 
 
+def to_torch(leaf: Any, dtype) -> np.ndarray:
+    """A Flax kernel or bias in PyTorch's order of axes."""
+    return np.transpose(np.asarray(leaf, dtype), np.argsort(_TO_FLAX[len(leaf.shape)]))
+
+
 def _read(tensors: Safetensors, name: str, shape: tuple[int, ...]) -> jax.Array:
     axes = _TO_FLAX[len(shape)]
     expected = tuple(shape[axes.index(axis)] for axis in range(len(shape)))

@@ -59,7 +59,7 @@ class ESA(nn.Module):
             raise ValueError(f"{self.name}: expected at least 15 x 15 pixels, found {found}; pad the image")
         reduced = conv(self.features, 1, name="reduce")(x)
         y = conv(self.features, 3, strides=2, padding="VALID", name="stride")(reduced)
-        y = nn.max_pool(y, (7, 7), (3, 3))
+        y = nn.max_pool(nn.max_pool(y, (7, 1), (3, 1)), (1, 7), (1, 3))  # 7 x 7: a maximum is one of maxima
         for i in range(self.depth):
             y = conv(self.features, 3, name=f"pooled_{i}")(nn.relu(y) if i else y)
         y = jax.image.resize(y, reduced.shape, "bilinear", antialias=False)

@@ -4,9 +4,10 @@ import json
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from experiments.cards import Card
-from experiments.ntire_esr import DEPARTURES, entries, measure, median_interval, published, rows, set5
+from experiments.ntire_esr import DEPARTURES, entries, measure, published, quality_rows, rows, table_of_ranks
 from jaxcomp.evaluate import challenge
 from jaxcomp.evaluate.challenge import COSTS, Entry, rank
 from jaxcomp.models.imdn import IMDN
@@ -69,7 +70,7 @@ def test_incomplete_entries_are_refused():
         rank([entry("a", 1, 1, 1, 1, 1), entry("a", 2, 2, 2, 2, 2)])
 
 
-def test_harness_measures_ranks_and_writes_a_card(tmp_path):
+def test_harness_measures_ranks_and_writes_a_card(tmp_path, capsys):
     measured = measure(TINY, 16, 2)
     found = {e.name: e for e in entries(measured)}
     ranks = rank(list(found.values()))
@@ -83,7 +84,16 @@ def test_harness_measures_ranks_and_writes_a_card(tmp_path):
     card.write(tmp_path)
     body = json.loads((tmp_path / "tiny.json").read_text())
     assert len(body["rows"]) == 3 * 10 and not any(row["paper"] for row in body["rows"])
-    assert "rank, overall" in (tmp_path / "tiny.md").read_text()
+    assert {row["metric"] for row in body["rows"]} >= {
+        "params_M",
+        "flops_G",
+        "activations_M",
+        "runtime_ms",
+        "memory_MB",
+    }
+    assert "rank_overall" in (tmp_path / "tiny.md").read_text()
+    Console(width=80).print(table_of_ranks(ranks))
+    assert [line.split()[1] for line in capsys.readouterr().out.splitlines()[4:7]] == list(ranks)
 
 
 def test_published_figures_of_the_three_networks():
@@ -92,14 +102,11 @@ def test_published_figures_of_the_three_networks():
     assert all(e.eligible for e in published().values())
 
 
-def test_median_interval():
-    low, high = median_interval(np.arange(1.0, 102.0))
-    assert 35 < low < 51 < high < 67
-    assert median_interval(np.full(5, 3.0)) == (3.0, 3.0)
-
-
 @pytest.mark.slow
 def test_challenge_networks_on_set5(data_dir):
-    scores = set5(data_dir)
-    psnr = {name: score.psnr for (name, channel), score in scores.items() if channel == "rgb"}
+    found = {(row.method, row.metric): row for row in quality_rows(data_dir)}
+    psnr = {method: row.value for (method, metric), row in found.items() if metric == "psnr_rgb"}
     assert psnr["bicubic"] + 3 < psnr["RLFN"] < psnr["RFDN"] < psnr["IMDN"]
+    best = found["RLFN, paper's 6 blocks", "psnr_y"], found["RLFN, paper's 6 blocks", "ssim_y"]
+    assert best[0].value == pytest.approx(32.24, abs=0.01) and best[1].value == pytest.approx(0.8952, abs=0.0002)
+    assert (best[0].paper, best[1].paper) == (32.24, 0.8952)

@@ -1,16 +1,22 @@
 """Training of super-resolution networks: patches, stages, warm starts, and runs that are killed."""
 
+import pathlib
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs.sr import rlfn, rlfn_ntire, rlfn_tiny
+from configs.sr import budget, embedded, rlfn, rlfn_ntire, rlfn_tiny
 from configs.sr.recipe import recipe, stage
-from experiments import sr, train_sr
+from experiments import sr, sr_budget, train_sr
 from jaxcomp.data.images import ImageError, Picture, write_image
-from jaxcomp.io.super_resolution import param_shapes
+from jaxcomp.io import orbax
+from jaxcomp.io.super_resolution import load_super_resolver, param_shapes, save_super_resolver
 
+ROOT = pathlib.Path(__file__).parents[2]
 RNG = np.random.default_rng(0)
 TINY = dict(steps=4, patch=16, batch=2, learning_rate=5e-3)
 
@@ -99,12 +105,25 @@ def test_warm_start_keeps_what_fits_and_restarts_the_optimizer():
     assert all(not np.any(x) for x in jax.tree.leaves(state.opt_state))
 
 
-@pytest.mark.parametrize("module, parameters", [(rlfn, 543_740), (rlfn_ntire, 317_218), (rlfn_tiny, None)])
+@pytest.mark.parametrize(
+    "module, parameters", [(rlfn, 543_740), (rlfn_ntire, 317_218), (rlfn_tiny, None), (embedded, None)]
+)
 def test_configs_end_in_the_networks_that_they_name(module, parameters):
     stages = train_sr.plan(module.get_config())
     assert [stage.first for stage in stages[1:]] == [stage.last for stage in stages[:-1]]
     count = sum(leaf.size for leaf in jax.tree.leaves(param_shapes(stages[-1].model)))
-    assert count == parameters or (parameters is None and count < 30_000)
+    assert count == parameters or (parameters is None and count < 100_000)
+
+
+def test_budget_is_the_same_for_arms_that_are_compared():
+    stages = {arm: train_sr.plan(budget.get_config(arm)) for arm in budget.ARMS}
+    steps = {arm: found[-1].last for arm, found in stages.items()}
+    assert (
+        steps["rlfn"] == steps["imdn"] == steps["ditn"]
+        and steps["one_schedule"] == steps["warm_start"] == steps["contrastive"]
+    )
+    counts = [sr_budget.parameters(arm) for arm in budget.ARMS]
+    assert max(counts) < 1.05 * min(counts)
 
 
 def test_schedules():
@@ -138,7 +157,14 @@ def test_training_lowers_the_loss(images, tmp_path):
     assert only.loss(None)(state.params, low, high) < 0.7 * before
 
 
-@pytest.mark.parametrize("killed_at", [9, pytest.param(4, marks=pytest.mark.slow)])  # while pruning; between stages
+def two_stages():
+    return config(
+        stage_1=stage(**TINY, scale=2, contrastive_weight=1e-3),
+        stage_2=stage(**TINY, prune_rate=0.25, prune_every=2, loss="l2"),
+    )
+
+
+@pytest.mark.parametrize("killed_at", [7, pytest.param(4, marks=pytest.mark.slow)])  # while pruning; between stages
 def test_a_killed_run_ends_with_the_same_parameters(killed_at, images, tmp_path, monkeypatch, whole_run):
     patches, served = sr.patches, 0
 
@@ -152,9 +178,9 @@ def test_a_killed_run_ends_with_the_same_parameters(killed_at, images, tmp_path,
 
     monkeypatch.setattr(sr, "patches", dying)
     with pytest.raises(KeyboardInterrupt):
-        train_sr.train(three_stages(), tmp_path / "run", images)
+        train_sr.train(two_stages(), tmp_path / "run", images)
     monkeypatch.setattr(sr, "patches", patches)
-    done = train_sr.train(three_stages(), tmp_path / "run", images)
+    done = train_sr.train(two_stages(), tmp_path / "run", images)
     assert jax.tree.all(jax.tree.map(np.array_equal, done.params, whole_run.params))
 
 
@@ -165,7 +191,7 @@ WHOLE = {}
 def whole_run(images, tmp_path):
     """The same run, not interrupted; once per session, its images are those of every test."""
     if not WHOLE:
-        WHOLE["run"] = train_sr.train(three_stages(), tmp_path / "whole", images)
+        WHOLE["run"] = train_sr.train(two_stages(), tmp_path / "whole", images)
         WHOLE["events"] = list((tmp_path / "whole").glob("events.out.tfevents*"))
     return WHOLE["run"]
 
@@ -175,6 +201,43 @@ def test_pruning_leaves_a_smaller_network_and_events(whole_run):
     assert jax.tree.map(jnp.shape, whole_run.params) == jax.tree.map(jnp.shape, param_shapes(whole_run.model))
     assert np.isfinite(whole_run.score.psnr) and set(whole_run.score.psnrs) == {"astronaut"}
     assert WHOLE["events"]
+
+
+SHORT = """
+from configs.sr import embedded
+from configs.sr.recipe import stage
+
+def get_config():
+    config = embedded.get_config()
+    config.update(dict(stages=dict(stage_1=stage(steps=2, patch=16, batch=1)), eval_size=64))
+    del config.stages["stage_2"]
+    return config
+"""
+
+
+def test_command_trains_scores_and_exports(images, tmp_path):
+    (tmp_path / "short.py").write_text(SHORT, encoding="utf-8")
+    outputs = [
+        f"--export={tmp_path / 'orbax'}",
+        "--save_as=rlfn_small_x4",
+        f"--safetensors={tmp_path / 'w.safetensors'}",
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "experiments.train_sr",
+        f"--config={tmp_path / 'short.py'}",
+        f"--data_dir={images}",
+    ]
+    command += [f"--workdir={tmp_path / 'run'}", *outputs]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "bicubic" in done.stdout and "mean over 3 images" in done.stdout
+    saved, meta = orbax.restore(tmp_path / "orbax")
+    assert meta["config"]["seed"] == 0 and meta["psnr_y"].keys() == {"network", "bicubic"}
+    model, loaded = load_super_resolver("rlfn_small_x4", tmp_path / "w.safetensors")
+    assert model.channels == 24
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), loaded, dict(saved))
 
 
 def test_another_run_in_the_folder_is_refused(images, tmp_path):
@@ -195,6 +258,15 @@ def test_another_run_in_the_folder_is_refused(images, tmp_path):
 def test_wrong_settings_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         train_sr.plan(config(stage_1=stage(**changes)))
+
+
+def test_params_are_saved_under_the_name_of_their_network_only(tmp_path):
+    params = jax.tree.map(
+        lambda leaf: jnp.ones(leaf.shape), param_shapes(train_sr.plan(embedded.get_config())[-1].model)
+    )
+    with pytest.raises(ValueError, match=r"not those of rlfn_ntire_x4: .* differs; choose the name"):
+        save_super_resolver("rlfn_ntire_x4", tmp_path / "w.safetensors", params)
+    assert not list(tmp_path.iterdir())
 
 
 def test_only_rlfn_is_pruned():

@@ -1,11 +1,18 @@
 """Every kind of image goes through the network or is refused before anything is written."""
 
+import pathlib
+import struct
+import subprocess
+import sys
+import zlib
+
 import numpy as np
 import PIL.Image
 import pytest
 from flax.traverse_util import flatten_dict
 
 from experiments.upscale import Job, bicubic, describe, tiling_note, upscale
+from jaxcomp.core import tiling
 from jaxcomp.data.bicubic import imresize
 from jaxcomp.data.images import ImageError, Picture, read_image, write_image
 from jaxcomp.io.files import CheckpointError
@@ -15,6 +22,7 @@ from jaxcomp.io.torch_layout import torch_name
 from jaxcomp.models.imdn import IMDN
 from jaxcomp.models.rlfn import RLFN
 
+ROOT = pathlib.Path(__file__).parents[2]
 RNG = np.random.default_rng(0)
 RGB = RNG.integers(0, 256, (18, 21, 3), dtype=np.uint8)
 GREY = np.repeat(RGB[..., :1], 3, axis=-1)
@@ -33,6 +41,23 @@ def weights(tmp_path_factory):
     }
     save_safetensors(path, tensors)
     return path
+
+
+def png_of_16_bits(pixels):
+    """A PNG written by hand: Pillow does not write 16-bit colour."""
+    chunk = lambda name, data: struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+    height, width, _ = pixels.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    parts = [chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def truncate(path, percent):
+    """The first part of a valid PNG."""
+    PIL.Image.fromarray(RGB).save(path)
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) * percent // 100])
 
 
 def job(tmp_path, weights, name="a.png", **options):
@@ -83,6 +108,9 @@ def test_file_names_cannot_inject_markup(tmp_path, weights):
         (lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n broken"), "undamaged image"),
         (lambda path: PIL.Image.new("F", (20, 20)).save(path, format="TIFF"), "mode F"),
         (lambda path: PIL.Image.new("RGB", (100, 100)).save(path), "at most 9999 pixels"),
+        (lambda path: path.write_bytes(png_of_16_bits(RGB.astype(np.uint16) * 257)), "16 bits of RGB"),
+        (lambda path: truncate(path, 60), "undamaged image"),
+        (lambda path: path.mkdir(), "found a folder"),
     ],
 )
 def test_unusable_images_are_refused_and_nothing_is_written(tmp_path, weights, make, words):
@@ -116,6 +144,31 @@ def test_tiles_are_described_as_what_they_are(tmp_path):
     assert described(RLFN(), 321).startswith("4: an approximation, the network's attention")
     assert described(IMDN(), 400, overlap=35) == "4: exact"
     assert described(IMDN(), 400) == "4: an approximation; --overlap=35 would be exact"
+
+
+def test_tiles_bound_the_window_and_show_progress(tmp_path, weights, monkeypatch):
+    write_image(tmp_path / "a.png", Picture(np.tile(RGB, (3, 3, 1))))
+    shown = []
+    track = tiling.track
+    monkeypatch.setattr(tiling, "track", lambda items, label: shown.append((label, len(items))) or track(items, label))
+    facts = upscale(job(tmp_path, weights, tile=24, overlap=8))
+    assert facts["tiles"].startswith("9: an approximation") and ("tiles", 9) in shown
+    assert describe(read_image(tmp_path / "out.png")) == "252 x 216, RGB, 8 bits"
+
+
+def test_command_needs_no_downloads(tmp_path):
+    command = [sys.executable, "-m", "experiments.upscale", f"--out={tmp_path / 'large.png'}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines() if "PSNR" in line]
+    scored = {name.rstrip(":"): float(decibels) for name, _, decibels, *_ in lines}
+    assert scored["rlfn_small_x4"] > scored["bicubic"] + 0.5
+    assert describe(read_image(tmp_path / "large.png")) == "384 x 384, RGB, 8 bits"
+    assert (tmp_path / "large.html").read_text(encoding="utf-8").count("<img") == 3
+    refused = subprocess.run(
+        [*command, "--model=rlfn_x4"], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert refused.returncode == 1 and "upscale: --model=rlfn_x4 needs --weights" in refused.stderr
 
 
 def test_published_network_on_a_real_image(tmp_path, data_dir):

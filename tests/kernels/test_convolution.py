@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels import native
-from pallas_kernels.convolution import api, convolution
+from pallas_kernels.convolution import api, bench, convolution
+from pallas_kernels.convolution.shapes import Shape
 
 needs_compiler = pytest.mark.skipif(native.compiler() is None, reason="no C++ compiler")
 SHAPES = [  # N, H, W, I, O, window: fewer pixels than a tile, odd channels, several vectors, several groups of vectors
@@ -105,3 +106,12 @@ def test_is_built_after_build(tmp_path, monkeypatch):
     monkeypatch.setattr(api, "_FLAGS", ("-std=c++17", "-O0", "-fPIC", "-shared", "-w"))
     assert not api.is_built()
     assert api.build().is_file() and api.is_built()
+
+
+@needs_compiler
+def test_bench_prints_every_shape(monkeypatch, capsys, kernel_cache):
+    monkeypatch.setattr(bench, "SHAPES", {"tiny": Shape(4, 5, 3, 7)})
+    bench.main(["--shapes=tiny", "--rounds=2"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines] == [["tiny", "float32"], ["tiny", "bfloat16"]]
+    assert Shape(4, 5, 3, 7).macs == 4 * 5 * 9 * 3 * 7
