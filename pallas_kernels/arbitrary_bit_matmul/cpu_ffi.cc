@@ -97,6 +97,9 @@ class Unpacker {
   __m512i keep_, source_, shift_;
 };
 
+// Codes of one bit are a mask as they lie.
+inline Codes from_bits(uint64_t bits) { return _mm512_maskz_set1_epi8(bits, 1); }
+
 class Table {
  public:
   explicit Table(const Bytes128& t) : low_(_mm512_loadu_si512(t.data())), high_(_mm512_loadu_si512(t.data() + 64)) {}
@@ -179,6 +182,12 @@ class Unpacker {
   int bits_;
 };
 
+inline Codes from_bits(uint64_t bits) {
+  Codes u;
+  for (int i = 0; i < 64; ++i) u.c[i] = bits >> i & 1;
+  return u;
+}
+
 class Table {
  public:
   explicit Table(const Bytes128& t) : t_(t) {}
@@ -208,6 +217,18 @@ class Dense {
  private:
   Unpacker unpack_;
   int64_t step_;
+};
+
+// Dense codes of one bit.
+class Binary {
+ public:
+  static constexpr int kRuns = 1;
+  int64_t step() const { return 8; }
+  void operator()(Codes* u, const uint8_t* p, int64_t bytes = 8) const {
+    uint64_t bits = 0;
+    std::memcpy(&bits, p, std::min<int64_t>(bytes, 8));
+    u[0] = from_bits(bits);
+  }
 };
 
 // Triples of five-level codes, u0 + 5 u1 + 25 u2 in 7 bits: three runs of activations.
@@ -392,6 +413,8 @@ float split(const float* x, int64_t k, int64_t digits, float* rest, int8_t* out)
 void multiply_codes(ffi::ThreadPool& pool, const Product& p, int64_t bits, int64_t centre, bool base5, int64_t rows) {
   if (base5)
     multiply_rows(pool, p, Base5(bits), static_cast<uint8_t>(centre), rows);
+  else if (bits == 1)
+    multiply_rows(pool, p, Binary(), static_cast<uint8_t>(centre), rows);
   else
     multiply_rows(pool, p, Dense(bits), static_cast<uint8_t>(centre), rows);
 }
