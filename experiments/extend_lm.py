@@ -75,7 +75,8 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> tuple[Llama, train_lm.Da
     with ocp.CheckpointManager(workdir / "checkpoints", options=options) as manager, SummaryWriter(str(workdir)) as log:
         if manager.latest_step() is not None:
             start = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(start))
-        for state, loss in train_lm.training_steps(config, model, optimizer, data.train, start):
+        state, steps = start, train_lm.training_steps(config, model, optimizer, data.train, start)
+        for state, loss in steps:
             due = lambda every, step=int(state.step): step % every == 0 or step == config.steps
             if due(config.log_every):
                 train_lm.report(console, log, config, state, "train/loss", float(loss))

@@ -57,7 +57,7 @@ def dense_attend(query: Array, key: Array, value: Array, mask: Array, **options:
 
 
 def scorer(lm: LanguageModel, attend_of: Callable[[Any], Any]) -> Callable[[Any, Any, Array], tuple[Array, Array]]:
-    """Compiled `(setting, params, tokens[T]) -> (nats per token, density)`; `attend_of(setting)` is one `attend` or one per layer."""
+    """Compiled `(setting, params, tokens[T]) -> (nats per token, density)`; `attend_of` gives one `attend` or one per layer."""
 
     @jax.jit
     def run(setting, params, tokens):

@@ -177,8 +177,8 @@ def departures(config: ConfigDict, rows: Sequence[Row]) -> list[str]:
         "Heads are synthetic (jaxcomp.attention.heads) and 8K tokens long: ratios, not values, are compared with the paper's.",
         "The paper's guide vector, stop schedule and segment length were not available; ours are in the docstring of "
         "jaxcomp.attention.s2o.",
-        "Tiles and blocks have 64 rows and keys for every method (the papers: 128), PBS segments 256 keys, AnchorAttention groups 4 "
-        "blocks instead of 16, FlexPrefill at least 2 blocks: short sequences leave no room for the published sizes.",
+        "Tiles and blocks have 64 rows and keys for every method (the papers: 128), PBS segments 256 keys, AnchorAttention "
+        "groups 4 blocks instead of 16, FlexPrefill at least 2 blocks: short sequences leave no room for the published sizes.",
         "RULER, InfiniteBench and LongBench need models and data that are not here; needles and a small decoder stand in.",
     ]
     for setting in dict.fromkeys(setting for setting, _ in table):

@@ -3,7 +3,7 @@
 python -m experiments.extend_lm --config=configs/attention/long_context.py --workdir=runs/lm_long --export=runs/lm_long/model
 
 YaRN (arXiv 2309.00071). Expected perplexity on 2048-token windows of the held-out text: 87 as shipped, 24 with YaRN alone,
-below 20 after training. 17 CPU-minutes.
+22.6 after training (95 % interval 20.8 to 24.5). 17 CPU-minutes.
 """
 
 from ml_collections import ConfigDict

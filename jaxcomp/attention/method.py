@@ -155,6 +155,8 @@ def dense_attention(
 ) -> Float[Array, "*B T H d"]:
     """`dot_product_attention` that holds the scores of 256 queries at a time."""
     length = query.shape[-3]
+    if mask is not None:
+        mask = mask.reshape((1,) * (query.ndim - mask.ndim) + mask.shape)
     if length <= _ROWS:
         return dot_product_attention(query, key, value, mask=mask)
     count = -(-length // _ROWS)

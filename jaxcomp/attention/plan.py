@@ -15,7 +15,7 @@ class Plan(NamedTuple):
 
     Attributes:
       order: key slots from first to last, of H = Hq lists or of one per key head.
-      limit: how many entries of each list may be visited; None: all of the history.
+      limit: how many entries of each list count, in whole blocks (the last is filled up from the list); None: all of the history.
       query_order: rows of every segment in the order in which they form tiles; None keeps theirs.
     """
 
@@ -32,7 +32,7 @@ def history(length: int, segment: int, keys: int, *, causal: bool = True, start:
 
 
 def from_mask(mask: Bool[Array, "H M N"], segment: int) -> Plan:
-    """A causal plan that visits the marked keys of the history in their own order."""
+    """A causal plan that visits the marked keys of the history in their own order; others fill the last block."""
     length = mask.shape[-1]
     earlier = history(length, segment, length)[None]
     mask = mask & earlier

@@ -91,15 +91,11 @@ def visited_keys(
     causal: bool = True,
 ) -> Bool[Array, "Hq T S"]:
     """Which keys each row attended to, for pictures and tests of short sequences; queries begin at slot 0."""
-    heads, count, tiles = blocks.shape
+    heads, _, tiles = blocks.shape
     segment = tiles * block_q
     earlier = history(length, segment, keys, causal=causal)
-    limit = jnp.broadcast_to(earlier.sum(-1), (plan.order.shape[0], count)) if plan.limit is None else plan.limit
-    repeat = lambda a: jnp.repeat(a, heads // a.shape[0], axis=0)
-    order, limit = repeat(plan.order), repeat(limit)
-    reach = jnp.minimum(blocks * block_k, limit[..., None])  # [H M tiles]
-    place = jnp.argsort(order, axis=-1) if order.shape[-1] == keys else _places(order, keys)
-    seen = (place[:, :, None] < reach[..., None]) & earlier[None, :, None]  # [H M tiles S]
+    place = jnp.repeat(_places(plan.order, keys), heads // plan.order.shape[0], axis=0)
+    seen = (place[:, :, None] < blocks[..., None] * block_k) & earlier[None, :, None]  # [H M tiles S]
     seen = jnp.repeat(seen, block_q, axis=2)
     if plan.query_order is not None:
         seen = jnp.take_along_axis(seen, jnp.argsort(plan.query_order, axis=-1)[..., None], axis=2)
@@ -110,7 +106,8 @@ def visited_keys(
 
 
 def _places(order: Int[Array, "H M L"], keys: int) -> Int[Array, "H M S"]:
-    """Place of every key in its list; past the end where it is not listed."""
-    far = jnp.full((*order.shape[:2], keys), keys, jnp.int32)
-    place = jnp.broadcast_to(jnp.arange(order.shape[-1], dtype=jnp.int32), order.shape)
-    return jnp.put_along_axis(far, order, place, axis=-1, inplace=False)
+    """First place of every key in its list (short lists are filled up); past the end where it is not listed."""
+    lists, segments, listed = order.shape
+    head, segment = jnp.arange(lists)[:, None, None], jnp.arange(segments)[None, :, None]
+    place = jnp.broadcast_to(jnp.arange(listed, dtype=jnp.int32), order.shape)
+    return jnp.full((lists, segments, keys), keys, jnp.int32).at[head, segment, order].min(place)

@@ -15,6 +15,16 @@ def attend(q, k, v, mask):
     return softmax(scores) @ v
 
 
+def filled(mask, block):
+    """The lists of keys before each block of queries filled up to whole blocks by the first keys that are not on them."""
+    mask = mask.copy()
+    for begin in range(0, len(mask), block):
+        rows = mask[begin : begin + block, :begin]
+        free = np.flatnonzero(~rows[0])
+        rows[:, free[: -rows[0].sum() % block]] = True
+    return mask
+
+
 def causal(n):
     """Lower triangle."""
     return np.tril(np.ones((n, n), bool))

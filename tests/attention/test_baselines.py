@@ -30,9 +30,12 @@ CASES = {  # method, its mask
     ),
     "minference": (
         baselines.minference(baselines.Pattern("vertical_slash", 40, 100), block=BLOCK),
-        lambda q, k: naive.vertical_slash(q, k, 40, 100, BLOCK),
+        lambda q, k: naive.filled(naive.vertical_slash(q, k, 40, 100, BLOCK), BLOCK),
     ),
-    "anchor": (baselines.anchor(2.0, group=4, block=BLOCK), lambda q, k: naive.anchor(q, k, 2.0, 4, BLOCK)),
+    "anchor": (
+        baselines.anchor(2.0, group=4, block=BLOCK),
+        lambda q, k: naive.filled(naive.anchor(q, k, 2.0, 4, BLOCK), BLOCK),
+    ),
     "sparge": (
         baselines.sparge(0.7, similarity=0.12, skip=1e9, block_q=BLOCK, block_k=BLOCK),
         lambda q, k: naive.sparge(q, k, 0.7, 0.12, BLOCK, BLOCK),
