@@ -29,7 +29,7 @@ from jaxcomp.quantize import (
 from jaxcomp.quantize.learned import BLOCKS
 from jaxcomp.quantize.let import NAMES
 
-KV_METHODS = ("smoothquant", "abq", "abq+rounding")
+KV_METHODS = ("smoothquant", "abq")
 
 
 def methods(config, model, scheme):
@@ -80,7 +80,7 @@ def budget(config, model, scheme):
         kv_bits=scheme["kv_bits"],
         epochs=scheme["epochs"],
         batch_size=config.sequences_per_step,
-        rates=Rates(config.rate_let, config.rate_clip, config.rate_compensation, config.rate_rounding, config.decay),
+        rates=Rates(config.rate_let, config.rate_clip, config.rate_compensation, config.rate_rounding),
         alpha=config.alpha,
     )
 
@@ -98,7 +98,7 @@ def budgeted(config, model, scheme, rules):
 
 def get_config() -> ConfigDict:
     """Every setting of the experiment."""
-    wa = lambda bits, act_bits, **more: dict(bits=bits, levels=0, act_bits=act_bits, kv_bits=act_bits, epochs=10) | more
+    wa = lambda bits, act_bits, **more: dict(bits=bits, levels=0, act_bits=act_bits, kv_bits=act_bits, epochs=20) | more
     return ConfigDict(
         job.settings()
         | dict(
@@ -112,12 +112,12 @@ def get_config() -> ConfigDict:
                 "W2*A8": wa(3, 8, levels=5),
                 "W4A4": wa(4, 4),
                 "W3A8": wa(3, 8),
-                "W4A8": wa(4, 8),
-                "W6A6": wa(6, 6),
+                "W4A8": wa(4, 8, epochs=10),
+                "W6A6": wa(6, 6, epochs=5),
                 "W8A8": wa(8, 8, epochs=2),
                 "W4A4 KV8": wa(4, 4, kv_bits=8, only=KV_METHODS),
                 "W4A4 KV16": wa(4, 4, kv_bits=16, only=KV_METHODS),
-                "mixed A8": wa(2, 8, budgets=(2.25, 2.5, 3.0, 3.5)),
+                "mixed A8": wa(2, 8, budgets=(2.25, 2.5, 3.0)),
             },
             ablated=("W2*A8",),
             timed={"W8A8": "smoothquant", "W4A4": "abq+rounding", "W2*A8": "abq+rounding"},
@@ -128,8 +128,7 @@ def get_config() -> ConfigDict:
             rate_let=1.25e-2,
             rate_clip=2.5e-2,
             rate_compensation=2.5e-2,
-            rate_rounding=1e-2,
-            decay=True,
+            rate_rounding=5e-3,
             calibration_windows=32,
             evaluation_windows=64,
             context=128,

@@ -12,7 +12,7 @@ from jaxcomp.quantize import Rates, abq
 
 def steps(config, model):
     """The chain, in order: `{name: transform}`."""
-    rates = Rates(config.rate_let, config.rate_clip, config.rate_compensation)
+    rates = Rates(config.rate_let, config.rate_clip, config.rate_compensation, config.rate_rounding)
     return {
         "abq": abq(
             config.bits,
@@ -24,6 +24,7 @@ def steps(config, model):
             batch_size=config.sequences_per_step,
             rates=rates,
             alpha=config.alpha,
+            learn_rounding=config.learn_rounding,
             group_size=config.group_size,
             scale_dtype=config.scale_dtype,
         )
@@ -45,6 +46,8 @@ def get_config() -> ConfigDict:
             rate_let=1.25e-2,  # the authors: 5e-3, 1e-2 and 1e-2 for eight times as many steps
             rate_clip=2.5e-2,
             rate_compensation=2.5e-2,
+            rate_rounding=5e-3,
+            learn_rounding=False,  # True: not in the paper, see `jaxcomp.quantize.abq`
             alpha=0.5,
             group_size=0,
             scale_dtype="float32",

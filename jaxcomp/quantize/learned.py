@@ -88,7 +88,7 @@ def learned(
 def _learn_blocks(recipe, config, params, schemes, tokens, measured, checkpoint_dir):
     """(rounded blocks, `Learned`) of a tree of unrolled layers."""
     objective, edges = recipe.objective, compensated_blocks(config.num_layers, *recipe.compensate)
-    teacher, optimizer = BlockRunner(config), _optimizer(recipe.rates, len(tokens), recipe.epochs)
+    teacher, optimizer = BlockRunner(config), _optimizer(recipe.rates, len(tokens))
     x_fp = x_q = _embed(config, params["embed"], tokens)
     new, theta, losses = {}, {}, {}
     for i in range(config.num_layers):
@@ -119,13 +119,10 @@ def _finish(student: Student, block: Any, theta: Any, layer: Any, x_q: Float[Arr
 
 
 @functools.cache
-def _optimizer(rates: Rates, steps: int, epochs: int) -> optax.GradientTransformation:
+def _optimizer(rates: Rates, steps: int) -> optax.GradientTransformation:
     """AdamW with a rate per group of theta; a `clock` counts epochs."""
     advance = optax.stateless(lambda updates, _: jax.tree.map(lambda u: jnp.full_like(u, 1 / steps), updates))
-    peaks = dataclasses.asdict(rates)
-    decay = functools.partial(optax.cosine_decay_schedule, decay_steps=max(steps * epochs, 1))
-    schedule = decay if peaks.pop("decay") else optax.constant_schedule
-    groups = {name: optax.adamw(schedule(rate), weight_decay=0.0) for name, rate in peaks.items()}
+    groups = {name: optax.adamw(rate, weight_decay=0.0) for name, rate in dataclasses.asdict(rates).items()}
     return optax.multi_transform(groups | {"clock": advance}, lambda theta: {name: name for name in theta})
 
 

@@ -47,9 +47,7 @@ def clipped(
     return matrix, *qparams(matrix, grid, factor[..., 0], factor[..., 1])
 
 
-def nudged(
-    matrix: Float[Array, "N K"], scale: Float[Array, "M G"], offset: Float[Array, "N K"]
-) -> Float[Array, "N K"]:
+def nudged(matrix: Float[Array, "N K"], scale: Float[Array, "M G"], offset: Float[Array, "N K"]) -> Float[Array, "N K"]:
     """The matrix with each entry moved by `offset` steps of its grid, at most half a step: which way it rounds is learned.
 
     The offsets of AutoRound (Cheng et al., arXiv 2309.05516).

@@ -26,21 +26,19 @@ DOWN = "mlp/down/kernel"
 
 @dataclasses.dataclass(frozen=True)
 class Rates:
-    """Learning rates of AdamW (no weight decay) for what a method learns; the authors' have no schedule.
+    """Learning rates of AdamW (no weight decay, no schedule) for what a method learns.
 
     Attributes:
       let: of equivalent transforms.
       clip: of clipping logits.
       compensation: of the rank-one term.
       rounding: of rounding offsets, in steps of the grid.
-      decay: to zero along a cosine.
     """
 
     let: float = 5e-3
     clip: float = 1e-2
     compensation: float = 1e-2
     rounding: float = 5e-3
-    decay: bool = False
 
 
 RATES = Rates()

@@ -178,7 +178,7 @@ def test_packed_model_computes_what_was_learned():
 
 
 def test_rounding_offsets_stay_within_half_a_step_and_fit_better_than_nearest():
-    rates = Rates(1.5e-2, 3e-2, 3e-2, rounding=2e-2, decay=True)
+    rates = Rates(1.5e-2, 3e-2, 3e-2, rounding=2e-2)
     params, state = result(abq, CONFIG, 3, 6, learn_rounding=True, **LEARN | dict(rates=rates))
     nearest = learned_abq()[1].losses
     for name, loss in state.losses.items():
