@@ -8,7 +8,7 @@ made with. It is reproduced, and `Complexity.flags` says what it makes of the mo
   products of two activations, as in attention, count nothing;
   "activations" are the outputs of convolutions only.
 Flax's BatchNorm and PReLU, which the counter does count, leave no name in a jaxpr and are missed. Count the plain form of a
-model: a convolution written as a matrix product is a linear layer here.
+model: a convolution written as a matrix product is a linear layer here, and a kernel for compressed leaves counts as it runs.
 """
 
 import dataclasses
