@@ -146,3 +146,31 @@ def recut(denoiser: Denoiser, first: int, last: int = 0, blocks: str = r"blocks_
         return denoiser.head(params, part(params, h, c[0], lambda i, n: i >= n - last) if last else h, c[0])
 
     return Denoiser(embed, trunk, head)
+
+
+def exposing(denoiser: Denoiser, module: str) -> Denoiser:
+    """Adds what one module of the trunk gets as its input to c, which becomes (c, input); nothing behind it is run for that.
+
+    Raises:
+      ValueError: the trunk has no such module (when sampled).
+    """
+
+    def embed(params, x, t, cond):
+        h, c = denoiser.embed(params, x, t, cond)
+        found = []
+
+        def around(name, fn, v):
+            if name == module:
+                found.append(v)
+            return fn(v) if module.startswith(f"{name}/") and not found else v
+
+        denoiser.trunk(params, h, c, around)
+        if not found:
+            raise ValueError(f"the trunk has no module {module!r}; name one that it shows to `around`")
+        return h, (c, found[0])
+
+    return Denoiser(
+        embed,
+        lambda params, h, c, around: denoiser.trunk(params, h, c[0], around),
+        lambda params, h, c: denoiser.head(params, h, c[0]),
+    )

@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxcomp.sampling.corrector import Corrector
 from jaxcomp.sampling.denoiser import Denoiser, call
 from jaxcomp.sampling.policy import CachePolicy, uncached
-from jaxcomp.sampling.solvers import LinearSolver, coefficients
+from jaxcomp.sampling.solvers import LinearSolver, advance, coefficients
 
 Executor = Literal["static", "cond", "python"]
 UNROLL = 64  # "static" unrolls runs of at most so many steps
@@ -114,6 +114,25 @@ def sample(
       ValueError: an empty batch, latents that are not finite (where they are known), a stochastic solver without key, an unknown
         executor, a plan of another length or one that skips step 0, or a policy that decides while sampling with "static".
     """
+    options = dict(policy=policy, corrector=corrector, key=key, executor=executor, on_step=on_step)
+    carry, trace = integrate(denoiser, params, x, cond, solver, **options)
+    return carry.x, trace
+
+
+def integrate(
+    denoiser: Denoiser,
+    params: Any,
+    x: Float[Array, "B ..."],
+    cond: Any,
+    solver: LinearSolver,
+    *,
+    policy: CachePolicy | None = None,
+    corrector: Corrector | None = None,
+    key: Array | None = None,
+    executor: Executor = "static",
+    on_step: Callable[[int, Array], None] | None = None,
+) -> tuple[Carry, Trace]:
+    """`sample` that returns all of the last carry: what a policy or a corrector has recorded is in it."""
     parts = Parts(denoiser, policy or _UNCACHED, corrector or _UNCORRECTED)
     _check(x, solver, key, executor, on_step)
     plan = _plan(parts.policy, solver.steps, executor)
@@ -124,7 +143,7 @@ def sample(
     else:
         carry, mask = (_static if executor == "static" else _cond)(parts, inputs, carry, plan)
     mask = jnp.asarray(mask)
-    return carry.x, Trace(mask.sum(dtype=jnp.int32), mask)
+    return carry, Trace(mask.sum(dtype=jnp.int32), mask)
 
 
 def _check(x, solver: LinearSolver, key, executor: str, on_step) -> None:
@@ -208,7 +227,7 @@ def _after(
     out = k.skip * carry.x + k.gain * parts.denoiser.head(inputs.params, h, c).astype(carry.x.dtype)
     out, correction = parts.corrector.on_output(carry.correction, out, carry.x, i)
     outputs = (out, *carry.outputs)
-    x, key = k.a * carry.x + sum(k.b[j] * o for j, o in enumerate(outputs)), carry.key
+    x, key = advance(k, carry.x, outputs), carry.key
     if key is not None:
         key, drawn = jax.random.split(key)
         x = x + k.noise * jax.random.normal(drawn, x.shape, x.dtype)

@@ -44,7 +44,7 @@ class Decision(NamedTuple):
       plan: as in `CachePolicy`.
       init: `init(h, c) -> state`.
       decide: as in `CachePolicy`, on this state.
-      observe: `observe(state, kept, i) -> state`: sees the store after a step that ran the trunk.
+      observe: `observe(state, h, c, kept, i) -> state`: sees the store after a step that ran the trunk.
     """
 
     plan: Callable[[int], Bool[np.ndarray, "T"] | None]
@@ -53,7 +53,7 @@ class Decision(NamedTuple):
         jnp.array(True),
         state,
     )
-    observe: Callable[[Any, Any, Any], Any] = lambda state, kept, i: state
+    observe: Callable[[Any, Any, Any, Any, Any], Any] = lambda state, h, c, kept, i: state
 
 
 class Store(NamedTuple):
@@ -83,8 +83,8 @@ def cached(decision: Decision, store: Store) -> CachePolicy:
         return run_trunk, state._replace(decision=new)
 
     def compute(state, run, h, c, i):
-        h, kept = store.compute(state.kept, run, h, c, i)
-        return h, Cached(decision.observe(state.decision, kept, i), kept)
+        new, kept = store.compute(state.kept, run, h, c, i)
+        return new, Cached(decision.observe(state.decision, h, c, kept, i), kept)
 
     def reuse(state, run, h, c, i):
         h, kept = store.reuse(state.kept, run, h, c, i)
@@ -152,6 +152,18 @@ def frozen(policy: CachePolicy, mask: Sequence[bool]) -> CachePolicy:
     """The same cache with a mask recorded beforehand (say `Trace.mask` of a calibration run) in place of its decisions."""
     mask = np.asarray(mask, bool)
     return policy._replace(plan=lambda steps: mask)
+
+
+def either(flag: Any, yes: Callable[..., Any], no: Callable[..., Any], *operands: Any) -> Any:
+    """`yes(*operands)` or `no(*operands)`: chosen while tracing if the flag is known then, by `lax.cond` otherwise."""
+    if isinstance(flag, bool | np.bool_):
+        return (yes if flag else no)(*operands)
+    return jax.lax.cond(flag, yes, no, *operands)
+
+
+def at_step(table: np.ndarray, i: Any) -> Any:
+    """Entry i of a table: a numpy scalar if the step is known while tracing, an array otherwise."""
+    return table[i] if isinstance(i, int) else jnp.asarray(table)[i]
 
 
 def matches(pattern: str, name: str) -> bool:

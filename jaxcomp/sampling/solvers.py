@@ -230,3 +230,8 @@ def coefficients(solver: LinearSolver, i: int | Array, dtype: jnp.dtype) -> Line
     """The scalars of one step (`b` a vector of p), in the dtype of the latents; `t` stays float32."""
     row = jax.tree.map(lambda v: jnp.asarray(v)[i].astype(dtype), solver)
     return dataclasses.replace(row, t=jnp.asarray(solver.t)[i])
+
+
+def advance(k: LinearSolver, x: Float[Array, "B ..."], outputs: tuple[Array, ...]) -> Float[Array, "B ..."]:
+    """a x + sum_j b_j o_j of one step's `coefficients`, outputs newest first; without noise."""
+    return k.a * x + sum(k.b[j] * o for j, o in enumerate(outputs))
