@@ -31,13 +31,15 @@ from jaxcomp.core.rules import Rule
 from jaxcomp.core.transform import compress
 from jaxcomp.data.digits import NUM_CLASSES
 from jaxcomp.data.embedded_dit import load_digits_dit
-from jaxcomp.quantize import rtn
-from jaxcomp.quantize.svdquant import svdquant
+from jaxcomp.quantize import rtn, svdquant
+from jaxcomp.sampling.cache.quality import mean_interval, quality
 from jaxcomp.sampling.compensate import ptqd, tac, tcec
 from jaxcomp.sampling.compensate.data import calibration
 from jaxcomp.sampling.compensate.report import error_report
+from jaxcomp.sampling.compensate.select import select_gain
 from jaxcomp.sampling.compensate.tcec import TcecConfig
 from jaxcomp.sampling.compensate.trajectory import Model
+from jaxcomp.sampling.corrector import Corrector, chain
 from jaxcomp.sampling.denoiser import Denoiser, guided
 from jaxcomp.sampling.loop import sample
 from jaxcomp.sampling.network import network
@@ -55,7 +57,6 @@ FORMS = {
     "TCEC closed loop, one output": TcecConfig("inplace", "closed_loop"),
     LS2: TcecConfig("ls2", "closed_loop"),
 }
-Corrector = Callable[[Any], Any]
 Results = dict[str, list[dict[str, Any]]]  # setting -> one record per seed
 
 
@@ -111,7 +112,12 @@ def draw_noises(seed: int, purpose: str, count: int) -> Noises:
     return Noises(jax.random.normal(noise_key, (count, 4, 4, 4)), labels)
 
 
-CORRECTORS: Mapping[str, Corrector] = {"none": lambda _: None, "tcec": tcec.tcec, "ptqd": ptqd.ptqd, "tac": tac.tac}
+CORRECTORS: Mapping[str, Callable[[Any], Corrector]] = {
+    "none": lambda _: Corrector(),
+    "tcec": tcec.tcec,
+    "ptqd": ptqd.ptqd,
+    "tac": tac.tac,
+}
 
 
 @functools.partial(jax.jit, static_argnames="kind")
@@ -119,7 +125,8 @@ def draw(model: Model, solver: LinearSolver, noises: Noises, kind: str, coeffici
     """Samples with a corrector of `CORRECTORS`."""
 
     def run(model, coefficients):
-        options = dict(policy=model.policy, corrector=CORRECTORS[kind](coefficients), executor="cond")
+        corrector = chain(model.corrector, CORRECTORS[kind](coefficients))
+        options = dict(policy=model.policy, corrector=corrector, executor="cond")
         return sample(model.denoiser, model.params, noises.x, noises.labels, solver, **options)[0]
 
     return compressed(run)(model, coefficients)
@@ -129,13 +136,8 @@ def calibrated(case: Case, noises: Noises) -> dict[str, tuple[str, Any]]:
     """{method: (kind of corrector, coefficients)}."""
     both = (case.full, case.quantized, case.solver, *noises)
     found = {NONE: ("none", None), "PTQD": ("ptqd", ptqd.calibrate(*both)), "TAC": ("tac", tac.calibrate(*both))}
-    return found | {name: ("tcec", tcec.calibrate(*both, form)) for name, form in FORMS.items()}
-
-
-def psnr(found: Float[Array, "N h w C"], exact: Float[Array, "N h w C"]) -> np.ndarray:
-    """dB per sample; latents span [-1, 1], so the peak is 2."""
-    error = np.mean(np.square(np.asarray(found - exact, np.float64)), axis=(1, 2, 3))
-    return 10 * np.log10(4 / np.maximum(error, 1e-12))
+    found |= {name: ("tcec", tcec.calibrate(*both, form)) for name, form in FORMS.items()}
+    return found | {f"{LS2}, chosen gain": ("tcec", select_gain(*both).coefficients)}
 
 
 def one_run(config: ConfigDict, setting: ConfigDict, seed: int) -> dict[str, Any]:
@@ -148,7 +150,7 @@ def one_run(config: ConfigDict, setting: ConfigDict, seed: int) -> dict[str, Any
     scores = {}
     for method, (kind, coefficients) in methods.items():
         found = draw(case.quantized, case.solver, noises, kind, coefficients)
-        scores[method] = psnr(found, exact).round(4).tolist()
+        scores[method] = quality(found, exact).psnr.round(4).tolist()
     errors = error_report(case.full, case.quantized, case.solver, *noises)
     return {
         "psnr": scores,
@@ -168,16 +170,6 @@ def run_all(config: ConfigDict, stages: Stages) -> Results:
     return results
 
 
-def interval(values: np.ndarray, draws: int = 2000) -> tuple[float, float, float]:
-    """(mean, low, high) of values [seeds, samples]: a 95 % bootstrap that draws a seed, and samples."""
-    rng = np.random.default_rng(0)
-    seeds = rng.integers(len(values), size=(draws, len(values), 1))
-    samples = rng.integers(values.shape[1], size=(draws, len(values), values.shape[1]))
-    low, high = np.quantile(values[seeds, samples].mean((1, 2)), [0.025, 0.975])
-    value = float(values.mean())
-    return value, min(float(low), value), max(float(high), value)
-
-
 def table(records: list[dict[str, Any]], method: str) -> np.ndarray:
     """PSNR of a method, [seeds, samples]."""
     return np.array([record["psnr"][method] for record in records])
@@ -189,10 +181,10 @@ def rows(config: ConfigDict, results: Results) -> list[Row]:
     for name, records in results.items():
         for method in records[0]["psnr"]:
             values, plain = table(records, method), table(records, NONE)
-            out.append(Row(method, name, "psnr", "dB", *interval(values)))
+            out.append(Row(method, name, "psnr", "dB", *mean_interval(values)))
             if method != NONE:
                 published = (PAPER_GAIN, PAPER_NOTE) if (method, name) == (LS2, config.published) else (None, "")
-                out.append(Row(method, name, "gain over none", "dB", *interval(values - plain), *published))
+                out.append(Row(method, name, "gain over none", "dB", *mean_interval(values - plain), *published))
         errors = [record["errors"] for record in records]
         for key, metric in (("without_jacobian", "J = 0"), ("first_order", "first order")):
             ends = [e[key][-1] for e in errors]
@@ -205,7 +197,7 @@ def claims(config: ConfigDict, results: Results) -> list[str]:
     """Which bars are met, from the numbers."""
     out = []
     for name, bar in config.bars.items():
-        value, low, high = interval(table(results[name], LS2) - table(results[name], NONE))
+        value, low, high = mean_interval(table(results[name], LS2) - table(results[name], NONE))
         verdict = "met" if low >= bar else "met on average" if value >= bar else "missed"
         out.append(
             f"{name}: {LS2} gains {value:+.2f} dB [{low:+.2f}, {high:+.2f}] over none; bar {bar:+.1f} dB {verdict}"

@@ -91,6 +91,7 @@ def _dit_config(hf: Mapping[str, Any]) -> DiTConfig:
         out_channels=hf.get("out_channels") or hf["in_channels"],
         num_classes=hf["num_embeds_ada_norm"],
         frequency_shift=1.0,
+        mlp_norm_eps=hf.get("norm_eps", 1e-5),
     )
 
 

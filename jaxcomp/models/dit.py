@@ -139,7 +139,8 @@ class Block(nn.Module):
         self.modulation = Modulation(6, c.modulation == "table", self.dtype)
         self.attn = Attention(c, self.attention_fn, self.dtype)
         self.mlp = MLP(c.mlp_size, c.hidden_size, dtype=self.dtype)
-        self.norm = nn.LayerNorm(c.norm_eps, dtype=self.dtype, use_bias=False, use_scale=False)
+        norm = lambda eps: nn.LayerNorm(eps, dtype=self.dtype, use_bias=False, use_scale=False)
+        self.norm, self.mlp_norm = norm(c.norm_eps), norm(c.mlp_norm_eps or c.norm_eps)
         if c.text_size:
             self.cross_norm = nn.LayerNorm(c.norm_eps, dtype=self.dtype)
             self.cross = Attention(c, self.attention_fn, self.dtype)
@@ -154,7 +155,7 @@ class Block(nn.Module):
         if self.config.text_size:
             cross = pure(self.cross)
             h = h + around("cross", lambda x: cross(x, c.text), self.cross_norm(h))
-        return h + gate_mlp * around("mlp", mlp, modulate(self.norm(h), shift_mlp, scale_mlp))
+        return h + gate_mlp * around("mlp", mlp, modulate(self.mlp_norm(h), shift_mlp, scale_mlp))
 
 
 class DiT(nn.Module):

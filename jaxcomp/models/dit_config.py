@@ -24,6 +24,8 @@ class DiTConfig:
       position: "sincos" adds a fixed table to the tokens, "rope" turns queries and keys.
       modulation: "linear" maps the condition in every block (DiT), "table" once, plus a learned table per block (Wan).
       qk_norm: RMS norm of queries and keys over all heads.
+      norm_eps: of all norms.
+      mlp_norm_eps: of the norm before the MLP, where it differs.
 
     Raises:
       ValueError: sizes that do not fit each other, or an unknown option.
@@ -45,6 +47,7 @@ class DiTConfig:
     modulation: str = "linear"
     qk_norm: bool = False
     norm_eps: float = 1e-6
+    mlp_norm_eps: float | None = None
 
     def __post_init__(self):
         for name in ("size", "patch"):

@@ -85,7 +85,7 @@ class ResBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"], time: Float[Array, "B D"]) -> Float[Array, "B H W features"]:
         """Same resolution."""
-        norm = functools.partial(nn.GroupNorm, self.groups, 1e-5, self.dtype)
+        norm = functools.partial(nn.GroupNorm, self.groups, epsilon=1e-5, dtype=self.dtype)
         conv = functools.partial(nn.Conv, self.features, dtype=self.dtype)
         y = conv((3, 3), padding=_PAD, name="conv_0")(nn.silu(norm(name="norm_0")(x)))
         y = y + nn.Dense(self.features, dtype=self.dtype, name="time")(nn.silu(time))[:, None, None]
@@ -120,7 +120,7 @@ class SpatialTransformer(nn.Module):
         """Same shape."""
         c, features = self.config, x.shape[-1]
         norm = lambda name: nn.LayerNorm(1e-5, dtype=self.dtype, name=name)
-        h = nn.GroupNorm(c.groups, 1e-6, self.dtype, name="norm")(x)
+        h = nn.GroupNorm(c.groups, epsilon=1e-6, dtype=self.dtype, name="norm")(x)
         h = nn.Conv(features, (1, 1), dtype=self.dtype, name="in")(h).reshape(x.shape[0], -1, features)
         y = norm("attn_norm")(h)
         h = h + CrossAttention(c.num_heads, self.dtype, name="attn")(y, y)
@@ -167,7 +167,7 @@ class UNet(nn.Module):
         self.mid = Layer(c, width[-1], True, dtype=self.dtype)
         self.mid_end = ResBlock(width[-1], c.groups, self.dtype)
         self.up = [self._up(s) for s in range(c.skips)]
-        self.out_norm = nn.GroupNorm(c.groups, 1e-5, self.dtype)
+        self.out_norm = nn.GroupNorm(c.groups, epsilon=1e-5, dtype=self.dtype)
         self.out = nn.Conv(c.channels, (3, 3), padding=_PAD, dtype=self.dtype)
 
     def _down(self, skip: int) -> nn.Module:

@@ -12,6 +12,7 @@ from jaxcomp.quantize.rtn import rtn
 from jaxcomp.quantize.scheme import Scheme
 from jaxcomp.quantize.smoothquant import smoothquant
 from jaxcomp.quantize.student import Rates
+from jaxcomp.quantize.svdquant import svdquant
 
 __all__ = [
     "GEMMA",
@@ -31,4 +32,5 @@ __all__ = [
     "quantized_attention",
     "rtn",
     "smoothquant",
+    "svdquant",
 ]

@@ -87,7 +87,7 @@ def test_around_sees_every_module_and_may_branch():
         names.append(name)
         return jax.lax.cond(jnp.sum(x) > -1e9, fn, jnp.zeros_like, x)
 
-    found = run(X, T, LABELS, around)
+    found = run(X, T, LABELS, around=around)
     assert names == [f"blocks_{i}{part}" for i in range(2) for part in ("", "/attn", "/mlp")]
     np.testing.assert_allclose(found, run(X, T, LABELS), atol=1e-6)
 
@@ -95,14 +95,14 @@ def test_around_sees_every_module_and_may_branch():
 def test_around_can_replace_a_module():
     skip = lambda name, fn, x: x if name in ("blocks_0", "blocks_1") else fn(x)
     h, c = run(X, T, LABELS, method="embed")
-    np.testing.assert_array_equal(run(h, c, skip, method="trunk"), h)
+    np.testing.assert_array_equal(run(h, c, around=skip, method="trunk"), h)
 
 
 def test_learned_variances_are_left_out_of_the_prediction():
     config = dataclasses.replace(CONFIG, out_channels=6)
     params = randomised(config)
     h, c = run(X, T, LABELS, config=config, params=params, method="embed")
-    whole = run(h, c, True, config=config, params=params, method="head")
+    whole = run(h, c, variance=True, config=config, params=params, method="head")
     np.testing.assert_array_equal(run(h, c, config=config, params=params, method="head"), whole[..., :3])
 
 
@@ -111,7 +111,7 @@ def test_sampler_runs_it_with_guidance_and_a_cache():
     denoiser = guided(network(DiT(CONFIG)), 1.5, jnp.int32(5))
     draw = lambda chosen: jax.jit(lambda p, x: sample(denoiser, p, x, LABELS, solver, policy=chosen)[0])(PARAMS, X)
     half = policy.cached(policy.planned(np.array([True, False, True, False])), policy.residual())
-    assert 0 < float(jnp.abs(draw(half) - draw(None)).max()) < 1
+    assert 0 < float(jnp.abs(draw(half) - draw(None)).mean()) < float(jnp.abs(draw(None)).mean())
     every = policy.cached(policy.planned(np.ones(4, bool)), policy.modules(r"blocks_\d+/attn"))
     np.testing.assert_allclose(draw(every), draw(None), atol=1e-6)
 

@@ -1,5 +1,7 @@
 """SVDQuant: what the branch buys, refinement, smoothing, packed leaves, bad input."""
 
+import importlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,8 +16,8 @@ from jaxcomp.formats import ActivationQuantizer, Grid, LowRankArray, QuantizedAr
 from jaxcomp.formats.smoothed import SmoothedArray
 from jaxcomp.io import orbax
 from jaxcomp.quantize import rtn
-from jaxcomp.quantize import svdquant as svd
 
+svd = importlib.import_module("jaxcomp.quantize.svdquant")  # the package's name is the function
 N, K = 12, 16
 GRID, ACT = Grid(4, group_size=8), ActivationQuantizer(Grid(4))
 

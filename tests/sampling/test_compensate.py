@@ -1,5 +1,7 @@
 """TCEC, PTQD and TAC: exact cases, attenuation by rounding noise, keys, bad input."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,8 +11,10 @@ from jaxcomp.io.files import CheckpointError
 from jaxcomp.sampling import schedules, solvers
 from jaxcomp.sampling.compensate import key as keys
 from jaxcomp.sampling.compensate import ptqd, tac, tcec
+from jaxcomp.sampling.compensate.select import select_gain
 from jaxcomp.sampling.compensate.tcec import Tcec, TcecConfig
 from jaxcomp.sampling.compensate.trajectory import Model, trajectory
+from jaxcomp.sampling.corrector import Corrector
 from jaxcomp.sampling.denoiser import whole
 from jaxcomp.sampling.loop import sample
 
@@ -127,9 +131,24 @@ def test_relative_fit_follows_its_normal_equation():
     q, r = jax.random.normal(jax.random.key(6), (2, 1, 500, SIZE)) + 3
     mean = lambda v: v.mean((0, 1))
     k = tcec.relative_fit(q, r, mean, 0.5, 0.1, SIZE)
-    loss = lambda k: 0.5 * mean((k * q - r) ** 2) + 0.5 * SIZE * mean((k * q / r - 1) ** 2) + 0.1 * (k - 1) ** 2
+    loss = lambda k: 0.5 * mean((k * q - r) ** 2) + 0.5 * SIZE * mean((k * q / r - 1) ** 2) + 0.1 * (k.reshape(-1) - 1) ** 2
     grad = jax.grad(lambda k: loss(k.reshape(1, 1, -1)).sum())(k)
     np.testing.assert_allclose(grad, 0, atol=1e-3)
+
+
+def test_gain_is_chosen_on_held_out_noises_and_switched_off_where_it_is_of_no_use():
+    chosen = select_gain(FULL, scaled(0.1), SOLVER, NOISE, None, gains=(0.5, 1.0))
+    assert chosen.config.gain == 1.0 and chosen.decibels[1.0] > chosen.decibels[0.5] > 0.1
+    off = select_gain(FULL, FULL, SOLVER, NOISE, None, gains=(1.0,))
+    assert off.config.mode == "off" and not float(jnp.abs(off.coefficients.weights).max())
+    with pytest.raises(ValueError, match="give more"):
+        select_gain(FULL, FULL, SOLVER, NOISE[:1], None)
+
+
+def test_a_models_own_corrector_acts_first():
+    undo = Corrector(on_output=lambda state, out, x, i: (0.9 * out, state))
+    found = tcec.calibrate(FULL, dataclasses.replace(scaled(0.1), corrector=undo), SOLVER, NOISE, None)
+    assert max(float(jnp.abs(v).max()) for v in found) < 1e-4
 
 
 def test_scalar_coefficients_are_shared_by_channels():

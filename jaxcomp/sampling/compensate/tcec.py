@@ -77,6 +77,9 @@ class TcecConfig:
             )
 
 
+DEFAULT = TcecConfig()
+
+
 class Tcec(NamedTuple):
     """x_{i+1} becomes x_{i+1} - (sum_j weights_ij o_{i-j} + offset_i); weights that reach before step 0 are inert.
 
@@ -124,7 +127,7 @@ def calibrate(
     solver: LinearSolver,
     x: Float[Array, "N ... C"],
     cond: Any,
-    config: TcecConfig = TcecConfig(),
+    config: TcecConfig = DEFAULT,
     key: Array | None = None,
 ) -> Tcec:
     """Coefficients from N noises and conditions, without gradients: N T evaluations of either model.

@@ -11,14 +11,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxcomp.core.apply import compressed
-from jaxcomp.sampling.corrector import Corrector
+from jaxcomp.sampling.corrector import Corrector, chain
 from jaxcomp.sampling.denoiser import Denoiser
 from jaxcomp.sampling.loop import integrate
 from jaxcomp.sampling.policy import CachePolicy, uncached
 from jaxcomp.sampling.solvers import LinearSolver
 
 Window = tuple[Array, ...]  # the newest outputs, newest first
-_UNCACHED = uncached()
+_UNCACHED, _UNCORRECTED = uncached(), Corrector()
 
 
 @jax.tree_util.register_dataclass
@@ -30,11 +30,13 @@ class Model:
       denoiser: with guidance, if there is any: correctors see guided outputs.
       params: dense or with compressed leaves.
       policy: of a cache.
+      corrector: that acts before the ones fitted here, say the rectifier of a cache.
     """
 
     denoiser: Denoiser = dataclasses.field(metadata={"static": True})
     params: Any
     policy: CachePolicy = dataclasses.field(default=_UNCACHED, metadata={"static": True})
+    corrector: Corrector = dataclasses.field(default=_UNCORRECTED, metadata={"static": True})
 
 
 class Trajectory(NamedTuple):
@@ -68,9 +70,9 @@ def empty(x: Array, size: int) -> Window:
 
 
 def correction_after(model: Model, solver: LinearSolver, x: Array, cond: Any, corrector: Corrector, key=None) -> Any:
-    """State of a corrector at the end of a run."""
-    options = dict(policy=model.policy, corrector=corrector, key=key, executor="cond")
-    return integrate(model.denoiser, model.params, x, cond, solver, **options)[0].correction
+    """State of a corrector, which acts after the model's own, at the end of a run."""
+    options = dict(policy=model.policy, corrector=chain(model.corrector, corrector), key=key, executor="cond")
+    return integrate(model.denoiser, model.params, x, cond, solver, **options)[0].correction[1]
 
 
 def trajectory(model: Model, solver: LinearSolver, x: Float[Array, "B ..."], cond: Any, key=None) -> Trajectory:
