@@ -4,7 +4,7 @@
 
 The folder holds sr/weights/rlfn_x4.safetensors and sr/set5. GPTQ calibrates on images that ship with scikit-image. Scores are
 kept in the workdir: a run that was killed goes on. Speed and trainings are cited from the cards of `experiments.sr_speed` and
-`experiments.sr_budget` where they lie in the same folder. About 8 minutes on two idle CPU cores.
+`experiments.sr_budget` (`sr_stages`) where they lie in the same folder. About 8 minutes on two idle CPU cores.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from experiments import sr, sr_budget
+from experiments import sr
 from experiments.cards import Card, Row, current_commit
 from jaxcomp.core.apply import explain
 from jaxcomp.core.calibrate import Calibration
@@ -152,8 +152,7 @@ def rows(found: Mapping[str, Scored], bicubic: Sequence[Restoration], scale: int
 
 def cited(folder: str) -> list[Row]:
     """Speed against PyTorch and where the time goes; the stages of training."""
-    trained = {"bicubic", *(sr_budget.LABELS[arm] for arm in ("one_schedule", "warm_start", "contrastive"))}
-    stages = sr.cited_rows(folder, "sr_budget", lambda row: row.method in trained)
+    stages = sr.cited_rows(folder, "sr_stages", lambda row: True)
     stages = [dataclasses.replace(row, setting=f"{row.setting}, trained here under one budget") for row in stages]
     return sr.cited_rows(folder, "sr_speed", lambda row: row.metric != "runtime_ms") + stages
 

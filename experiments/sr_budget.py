@@ -1,9 +1,11 @@
 """RLFN, IMDN and DITN of one size under one budget of patches, and the stages of RLFN: PSNR on Set5 beside bicubic.
 
-    JAXCOMP_DATA=FOLDER python -m experiments.sr_budget --workdir=runs/sr_budget [--seeds=0,1,2] [--arms=rlfn,imdn,ditn]
+    JAXCOMP_DATA=FOLDER python -m experiments.sr_budget --workdir=runs/sr_budget
+    JAXCOMP_DATA=FOLDER python -m experiments.sr_budget --workdir=runs/sr_budget --card=sr_stages --seeds=0,1
 
-Trains every arm of configs/sr/budget.py with every seed on the images that ship with scikit-image; a run that was killed goes
-on, one that has ended is only scored. Needs sr/set5. About 30 minutes on one idle CPU core.
+The card `sr_budget` has the networks, `sr_stages` has RLFN's stages. Trains every arm of the card (configs/sr/budget.py) with
+every seed on the images that ship with scikit-image; a run that was killed goes on, one that has ended is only scored. Needs
+sr/set5. About 25 and 10 minutes on one idle CPU core.
 """
 
 import itertools
@@ -34,6 +36,7 @@ LABELS = {
     "warm_start": "RLFN, tiny: warm starts",
     "contrastive": "RLFN, tiny: warm starts, contrastive",
 }
+CARDS = {"sr_budget": ("rlfn", "imdn", "ditn"), "sr_stages": ("one_schedule", "warm_start", "contrastive")}
 PAIRS = (("rlfn", "imdn"), ("rlfn", "ditn"), ("warm_start", "one_schedule"), ("contrastive", "warm_start"))
 METRICS = (("psnr_y", "dB"), ("ssim_y", ""))
 DEPARTURES = (
@@ -91,25 +94,24 @@ def parameters(arm: str) -> int:
 def define_flags() -> None:
     """The flags of the script."""
     flags.DEFINE_string("workdir", None, "Folder of all runs.", required=True)
-    flags.DEFINE_multi_enum("arms", list(budget.ARMS), list(budget.ARMS), "What to train.")
+    flags.DEFINE_enum("card", "sr_budget", list(CARDS), "Which card, and so what to train.")
     flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds of initialisation and patches.")
     flags.DEFINE_string("out", "experiments/results", "Folder of the result card.")
 
 
 def main(argv) -> None:
-    """Trains, scores and writes the card `sr_budget`."""
+    """Trains, scores and writes the card."""
     del argv
     logging.set_verbosity(logging.WARNING)  # Orbax logs every file
     start, args = time.monotonic(), flags.FLAGS
     if "JAXCOMP_DATA" not in os.environ:
         raise SystemExit("sr_budget: set JAXCOMP_DATA to a folder that holds sr/set5")
-    pairs, seeds = sr.set5(pathlib.Path(os.environ["JAXCOMP_DATA"])), list(map(int, args.seeds))
+    arms, pairs, seeds = CARDS[args.card], sr.set5(pathlib.Path(os.environ["JAXCOMP_DATA"])), list(map(int, args.seeds))
     runs = {
-        (arm, seed): score(arm, seed, pathlib.Path(args.workdir), pairs)
-        for seed, arm in itertools.product(seeds, args.arms)
+        (arm, seed): score(arm, seed, pathlib.Path(args.workdir), pairs) for seed, arm in itertools.product(seeds, arms)
     }
     stack = lambda arm, metric: np.array([runs[arm, seed][metric] for seed in seeds])
-    found = {arm: {metric: stack(arm, metric) for metric, _ in METRICS} for arm in args.arms}
+    found = {arm: {metric: stack(arm, metric) for metric, _ in METRICS} for arm in arms}
     luma, _ = sr.scores(lambda low: np.asarray(imresize(low, 4)), pairs, 4)
     bicubic = {"psnr_y": np.array([list(luma.psnrs.values())]), "ssim_y": np.array([list(luma.ssims.values())])}
     paper = "RLFN: arXiv 2205.07514; IMDN: arXiv 1909.11856; DITN: arXiv 2308.02794"

@@ -1,7 +1,7 @@
 """RLFN, IMDN and DITN of 32 to 33 thousand parameters, and stages of RLFN, each pair under one budget of patches.
 
 python -m experiments.train_sr --config=configs/sr/budget.py:ditn --workdir=runs/budget_ditn
-python -m experiments.sr_budget --workdir=runs/sr_budget     all arms, three seeds each, and the result card
+python -m experiments.sr_budget --workdir=runs/sr_budget [--card=sr_stages]     all arms of a result card, every seed
 
 Budget: the same patches in the same order (seed, 16 of 24 x 24 low-resolution pixels a step), optimizer and schedule; 1,200
 steps for the networks, 1,500 for the stages. Time differs: a step takes about 45 ms (RLFN, IMDN) or 220 ms (DITN) of one CPU
