@@ -134,10 +134,11 @@ def main(argv) -> None:
     config, f = flags.FLAGS.config, flags.FLAGS
     facts = {name: experiment.source_digest(config[name]) for name in ("methods", "ablations")}
     facts["jax"] = jax.__version__
-    if "language" in f.parts:
-        facts["decoder"] = experiment.fingerprint(config.language.model)
+    identity = {part: config.to_dict() | facts for part in f.parts}
     try:
-        stages = {p: Stages(f"{f.out}/{p}", config.to_dict() | facts, overwrite=f.overwrite) for p in f.parts}
+        if "language" in identity:
+            identity["language"]["decoder"] = experiment.fingerprint(config.language.model)
+        stages = {part: Stages(f"{f.out}/{part}", identity[part], overwrite=f.overwrite) for part in f.parts}
         results = {part: PARTS[part](config, stages[part]) for part in f.parts}
     except (ValueError, OSError, KeyError, FloatingPointError) as error:
         sys.exit(f"s2o: {error}")

@@ -8,6 +8,7 @@ import io
 import pathlib
 from collections.abc import Mapping
 
+import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
@@ -27,11 +28,16 @@ from matplotlib import pyplot as plt
 def loaded(method: SparseAttention, head: Head) -> tuple[Bool[Array, "N N"], float]:
     """(which keys each query attends to, density)."""
     q, k, v = arrays(head)
-    _, stats = method.attend(q, k, v)
-    fold = lambda x: jnp.moveaxis(x, 1, 0)
-    sizes = dict(block_q=method.block_q, block_k=method.block_k)
-    seen = visited_keys(method.plan(fold(q), fold(k), 0), stats.blocks, len(q), len(q), **sizes)
-    return np.asarray(seen[0]), float(stats.density[0])
+    sizes = dict(length=len(q), keys=len(q), block_q=method.block_q, block_k=method.block_k)
+
+    @jax.jit
+    def run(q, k, v):
+        _, stats = method.attend(q, k, v)
+        plan = method.plan(jnp.moveaxis(q, 1, 0), jnp.moveaxis(k, 1, 0), 0)
+        return visited_keys(plan, stats.blocks, **sizes)[0], stats.density[0]
+
+    seen, density = run(q, k, v)
+    return np.asarray(seen), float(density)
 
 
 def attention(head: Head) -> np.ndarray:

@@ -132,10 +132,10 @@ class SparseAttention:
                 "in one call, or use s2o with guide 'anti_sink'"
             )
         for name, x in (("query", query), ("key", key), ("value", value)):
-            if not isinstance(x, jax.core.Tracer) and bool(jnp.isnan(x).any()):
-                raise ValueError(
-                    f"{name}: {int(jnp.isnan(x).sum())} of {x.size} entries are NaN; no order of keys exists"
-                )
+            with jax.ensure_compile_time_eval():
+                missing = 0 if isinstance(x, jax.core.Tracer) else int(jnp.isnan(x).sum())
+            if missing:
+                raise ValueError(f"{name}: {missing} of {x.size} entries are NaN; no order of keys exists")
 
 
 def _check_options(bias: Any, options: dict[str, Any]) -> None:
@@ -155,6 +155,8 @@ def dense_attention(
 ) -> Float[Array, "*B T H d"]:
     """`dot_product_attention` that holds the scores of 256 queries at a time."""
     length = query.shape[-3]
+    if not query.size:
+        return query
     if mask is not None:
         mask = mask.reshape((1,) * (query.ndim - mask.ndim) + mask.shape)
     if length <= _ROWS:

@@ -62,7 +62,7 @@ def test_calibration_meets_the_target_head_by_head():
     method_of = lambda t: s2o(threshold=t, segment=32, block_q=16, block_k=16)
     found = calibrate(method_of, thresholds, q, k, v, 0.02)
     assert (found.error <= 0.02).all() and (found.density < 0.9).all()
-    assert found.threshold[0] > found.threshold[1]  # columns are easier than a moving diagonal
+    assert found.density[0] < found.density[1]  # columns are easier than a moving diagonal
     strict = calibrate(method_of, thresholds, q, k, v, 1e-9)  # out of reach: the most exact
     np.testing.assert_allclose(strict.threshold, 0.003, rtol=1e-6)
     _, stats = jax.jit(method_of(found.threshold).attend)(q, k, v)

@@ -113,7 +113,7 @@ def test_values_are_causal_and_selection_is_causal_by_segment():
     for threshold, row, untouched in ((0.0, 150, 150), (0.1, 150, 128)):
         run = attend(threshold=threshold)
         before, after = run(q, k, v)[0], run(poke(q, row), poke(k, row), poke(v, row))[0]
-        np.testing.assert_array_equal(before[:untouched], after[:untouched])
+        np.testing.assert_allclose(before[:untouched], after[:untouched], atol=2e-6)
         assert float(jnp.abs(before[row:] - after[row:]).max()) > 1e-3
 
 

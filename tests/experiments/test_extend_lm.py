@@ -5,6 +5,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from configs.attention.long_context import get_config
 from experiments import extend_lm, train_lm
@@ -29,7 +30,13 @@ def test_the_context_grows_and_the_low_frequencies_with_it():
     assert config.max_len == 2048 and config.rope.kind == "yarn" and config.rope.original_max_len == 256
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_the_checkpoint(tmp_path, monkeypatch):
+    with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer counts
+        _resumes(tmp_path, monkeypatch)
+
+
+def _resumes(tmp_path, monkeypatch):
     config = get_config()
     config.update(dict(context=64, query_chunk=32, steps=4, checkpoint_every=2, warmup_steps=1, log_every=4))
     _, _, whole = extend_lm.train(config, tmp_path / "whole")

@@ -64,7 +64,7 @@ def last_queries(
     rows, keys = q[:, -count:].astype(jnp.float32), k.astype(jnp.float32)
     logits = jnp.einsum("hrd,hnd->hrn", rows, keys) * q.shape[-1] ** -0.5
     if causal:
-        seen = jnp.arange(k.shape[1]) <= jnp.arange(k.shape[1] - rows.shape[1], k.shape[1])[:, None]
+        seen = jnp.arange(k.shape[1])[None] <= jnp.arange(k.shape[1] - rows.shape[1], k.shape[1])[:, None]
         logits = jnp.where(seen[None], logits, HIDDEN)
     return jax.nn.softmax(logits, axis=-1)
 

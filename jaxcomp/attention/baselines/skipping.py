@@ -61,8 +61,8 @@ def attend(
                 return lax.cond(far, lambda s: s, lambda s: _merge(s, scores, values[h, y]), state), ~far
 
             state, read = lax.cond(mask[h, x, y] | own, score, lambda s: (s, jnp.array(False)), state)
-            history = jnp.where(own, 0, 1)
-            return state, scored + history * mask[h, x, y], valued + history * read
+            count = lambda visited: (visited & ~own).astype(jnp.int32)
+            return state, scored + count(mask[h, x, y]), valued + count(read)
 
         zero = jnp.int32(0)
         empty = jnp.full(block_q, HIDDEN), jnp.zeros(block_q), jnp.zeros((block_q, depth))

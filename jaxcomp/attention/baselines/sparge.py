@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -20,7 +22,7 @@ def sparge(
     int8 is another axis.
     """
     mask_of = lambda q, k: selected(q, k, threshold, similarity, block_q, block_k)
-    return skipping(mask_of, skip * float(jnp.log(2.0)), block_q=block_q, block_k=block_k)
+    return skipping(mask_of, skip * math.log(2.0), block_q=block_q, block_k=block_k)
 
 
 def self_similarity(x: Float[Array, "H N d"], block: int) -> Float[Array, "H M"]:
