@@ -1,4 +1,4 @@
-"""C++ sources compiled on demand into the user's cache, one library per source, flags, jax and machine."""
+"""C++ sources compiled on demand into the user's cache, one library per folder of sources, flags, jax and machine."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-march=native", "-w")
 
 def library(source: pathlib.Path, flags: tuple[str, ...] = FLAGS) -> pathlib.Path:
     """Where the library of a source belongs, whether it has been built or not."""
-    facts = (source.read_bytes(), " ".join(flags).encode(), jax.__version__.encode(), _machine().encode())
+    sources = [path.read_bytes() for path in sorted(source.parent.glob("*.cc"))]  # one may include another
+    facts = (*sources, " ".join(flags).encode(), jax.__version__.encode(), _machine().encode())
     digest = hashlib.sha256(b"\0".join(facts)).hexdigest()[:16]
     root = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
     return pathlib.Path(root) / "pallas_kernels" / f"{source.parent.name}-{digest}.so"

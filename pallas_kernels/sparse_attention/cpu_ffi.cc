@@ -4,19 +4,13 @@
 // Per segment: a dense window in natural order leaves maximum, normaliser and sum of every row in the outputs; then every tile
 // picks up its rows, in any order, visits blocks of its list until the gain falls below the threshold, and puts them back.
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
-#include <cstring>
-#include <functional>
 #include <memory>
-#include <thread>
 #include <vector>
 
-#include "xla/ffi/api/ffi.h"
-
-namespace ffi = xla::ffi;
+#include "order.cc"
 
 namespace {
 
@@ -36,13 +30,20 @@ constexpr float kMasked = -2.3e38f;
 typedef float Vec __attribute__((vector_size(4 * kLanes)));
 typedef int32_t Int __attribute__((vector_size(4 * kLanes)));
 
-inline Vec load(const float* p) {
-  Vec v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
-inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
+typedef Vec Loose __attribute__((aligned(4), may_alias));  // of any address
+
+inline Vec load(const float* p) { return *reinterpret_cast<const Loose*>(p); }
+inline void store(float* p, Vec v) { *reinterpret_cast<Loose*>(p) = v; }
 inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
+
+// f(j, i) for every key and vector, unrolled so that arrays indexed by them live in registers.
+template <class F>
+[[gnu::always_inline]] inline void each(F&& f) {
+#pragma GCC unroll 4
+  for (int j = 0; j < kKeys; ++j)
+#pragma GCC unroll 4
+    for (int i = 0; i < kVectors; ++i) f(j, i);
+}
 
 // 2^x for x <= 0, to 2 units in the last place; 0 becomes of what lies below 2^-126.
 inline Vec exp2(Vec x) {
@@ -56,12 +57,7 @@ inline Vec exp2(Vec x) {
   p = p * f + 2.4022651e-1f;
   p = p * f + 6.9314718e-1f;
   p = p * f + 1.0f;
-  Int bits, shift;
-  std::memcpy(&bits, &p, sizeof p);
-  std::memcpy(&shift, &shifted, sizeof p);
-  bits = (bits + (shift << 23)) & ~tiny;
-  std::memcpy(&p, &bits, sizeof p);
-  return p;
+  return (Vec)(((Int)p + ((Int)shifted << 23)) & ~tiny);
 }
 
 enum Aggregate : int64_t { kMean, kMax, kRatio };
@@ -176,43 +172,20 @@ class Tile {
     const float* key[kKeys];
     for (int j = 0; j < kKeys; ++j) key[j] = k + index[j < n ? j : 0] * p_.d;
     Vec sum[kKeys][kVectors] = {};
-    for (int64_t c = 0; c < p_.d; ++c) {
-      Vec row[kVectors];
-#pragma GCC unroll 4
-      for (int i = 0; i < kVectors; ++i) row[i] = load(q + c * kRows + i * kLanes);
-#pragma GCC unroll 4
-      for (int j = 0; j < kKeys; ++j)
-#pragma GCC unroll 4
-        for (int i = 0; i < kVectors; ++i) sum[j][i] += row[i] * key[j][c];
-    }
-#pragma GCC unroll 4
-    for (int j = 0; j < kKeys; ++j)
-#pragma GCC unroll 4
-      for (int i = 0; i < kVectors; ++i) store(s + j * kRows + i * kLanes, sum[j][i]);
+    for (int64_t c = 0; c < p_.d; ++c, q += kRows) each([&](int j, int i) { sum[j][i] += load(q + i * kLanes) * key[j][c]; });
+    each([&](int j, int i) { store(s + j * kRows + i * kLanes, sum[j][i]); });
   }
 
   // acc <- alpha acc + sum_w e[w] v[w] for kKeys columns of v.
   void add_values(const float* v, const int32_t* index, int64_t n, const Vec* alpha, float* acc) const {
     Vec sum[kKeys][kVectors];
-#pragma GCC unroll 4
-    for (int j = 0; j < kKeys; ++j)
-#pragma GCC unroll 4
-      for (int i = 0; i < kVectors; ++i) sum[j][i] = alpha[i] * load(acc + j * kRows + i * kLanes);
+    each([&](int j, int i) { sum[j][i] = alpha[i] * load(acc + j * kRows + i * kLanes); });
     const float* e = scores_.get();
     for (int64_t w = 0; w < n; ++w, e += kRows) {
       const float* value = v + index[w] * p_.d;
-      Vec row[kVectors];
-#pragma GCC unroll 4
-      for (int i = 0; i < kVectors; ++i) row[i] = load(e + i * kLanes);
-#pragma GCC unroll 4
-      for (int j = 0; j < kKeys; ++j)
-#pragma GCC unroll 4
-        for (int i = 0; i < kVectors; ++i) sum[j][i] += row[i] * value[j];
+      each([&](int j, int i) { sum[j][i] += load(e + i * kLanes) * value[j]; });
     }
-#pragma GCC unroll 4
-    for (int j = 0; j < kKeys; ++j)
-#pragma GCC unroll 4
-      for (int i = 0; i < kVectors; ++i) store(acc + j * kRows + i * kLanes, sum[j][i]);
+    each([&](int j, int i) { store(acc + j * kRows + i * kLanes, sum[j][i]); });
   }
 
   const Problem& p_;
@@ -279,21 +252,6 @@ void segment_of(const Problem& p, int64_t list, int64_t segment) {
   }
   Tile tile(p, p.tile_rows, p.block_k * p.check_every);
   for (int64_t t = 0; t < p.tiles; ++t) visit_list(p, tile, list, segment, t);
-}
-
-// Runs work(i) for i in [0, n) on the calling thread and on those of the pool that are free.
-void parallel(ffi::ThreadPool& pool, int64_t n, const std::function<void(int64_t)>& work) {
-  struct Progress {
-    std::atomic<int64_t> next{0}, finished{0};
-  };
-  auto progress = std::make_shared<Progress>();  // outlives this call in helpers that start late and find nothing left
-  auto drain = [progress, n, work = &work] {
-    for (int64_t i; (i = progress->next++) < n; ++progress->finished) (*work)(i);
-  };
-  const int64_t helpers = std::min<int64_t>(pool.num_threads(), n) - 1;
-  for (int64_t t = 0; t < helpers; ++t) pool.Schedule([drain] { drain(); });
-  drain();
-  while (progress->finished < n) std::this_thread::yield();
 }
 
 using F32 = ffi::Buffer<ffi::F32>;

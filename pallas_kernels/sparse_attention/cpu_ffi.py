@@ -1,4 +1,4 @@
-"""Both passes on CPU as one C++ call: optional, built once per source and machine by the system's compiler.
+"""Both passes on CPU in C++, and the sort of the ranking: optional, built once per source and machine by the system's compiler.
 
     python -c "from pallas_kernels.sparse_attention import cpu_ffi; print(cpu_ffi.build())"
 
@@ -14,12 +14,14 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Int, UInt32
 
 from pallas_kernels import native
 from pallas_kernels.sparse_attention.spec import Backend, Inputs, Outputs, Spec, State
 
 SOURCE = pathlib.Path(__file__).with_name("cpu_ffi.cc")
 _TARGET = "pallas_kernels_sparse_attention"
+_ORDER = f"{_TARGET}_order"
 _FLAGS = native.FLAGS
 _AGGREGATES = ("mean", "max", "ratio")
 
@@ -52,6 +54,13 @@ def attend(x: Inputs, spec: Spec) -> Outputs:
     return Outputs(State(top * math.log(2), norm, acc), blocks, gain)
 
 
+def packed_order(words: UInt32[Array, "*b t"], bits: int) -> Int[Array, "*b t"]:
+    """The low `bits`, which hold the position, of the words of every row in rising order."""
+    _register()
+    result = jax.ShapeDtypeStruct(words.shape, jnp.int32)
+    return jax.ffi.ffi_call(_ORDER, result, vmap_method="broadcast_all")(words, bits=bits)
+
+
 def refuse(spec: Spec, x: Inputs) -> str | None:
     """Why the kernel does not cover a problem, or None."""
     if x.q.shape[-1] % 4:
@@ -74,4 +83,6 @@ def build() -> pathlib.Path:
 
 @functools.cache
 def _register() -> None:
-    native.register(_TARGET, "SparseAttention", build())
+    path = build()
+    native.register(_TARGET, "SparseAttention", path)
+    native.register(_ORDER, "SparseAttentionOrder", path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -46,9 +47,8 @@ def peers(q: np.ndarray, k: np.ndarray, v: np.ndarray, largest: int) -> dict[str
     """
     arrays = jax.tree.map(jnp.asarray, (q, k, v))
     gpu = jax.default_backend() == "gpu"
-    calls = {
-        f"chunked/{block}": _call(lambda *a, b=block: chunked_attention(*a, b), arrays) for block in (256, 512, 1024)
-    }
+    blocks = [block for block in (256, 1024) if q.shape[1] % block == 0]
+    calls = {f"chunked/{block}": _call(functools.partial(chunked_attention, block=block), arrays) for block in blocks}
     if q.shape[0] * q.shape[1] ** 2 * 4 <= largest:
         calls["jax.nn"] = _call(_library("xla"), arrays)
     if gpu:

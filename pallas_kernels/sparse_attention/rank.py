@@ -1,6 +1,6 @@
 """Orders for `sparse_attention`: which rows of a segment share a tile, and which keys of the history come first.
 
-Scores exist for one segment at a time, so memory is O(N) but for the lists themselves, which `cap` shortens. Only the order of
+Scores exist for a few segments at a time, so memory is O(N) but for the lists themselves, which `cap` shortens. Only the order of
 whole blocks matters: a score becomes an integer of the bits that the key's position leaves free, and one sort of single words
 orders both.
 """
@@ -16,8 +16,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.sparse_attention import cpu_ffi
+
 Guide = Literal["anti_sink", "mean_key", "mean_query", "none"]
 SINKS = 4  # first keys, which idle rows attend to
+SEGMENTS_AT_ONCE = 8  # whose scores share one reading of the keys
 BANDS = 4  # parts of the sequence whose histories are sorted at a common length
 
 
@@ -84,7 +87,7 @@ def key_order(
     for low, high, width in _bands(segments, keys, segment, start, causal):
         list_of = functools.partial(_list, segment=segment, start=start, causal=causal, rows=q.shape[1], length=length)
         one = lambda m, width=width, list_of=list_of: list_of(queries[:, m], k[:, :width], m)
-        parts.append(lax.map(one, jnp.arange(low, high, dtype=jnp.int32)))
+        parts.append(lax.map(one, jnp.arange(low, high, dtype=jnp.int32), batch_size=SEGMENTS_AT_ONCE))
     return jnp.concatenate(parts).swapaxes(0, 1)
 
 
@@ -95,7 +98,7 @@ def prefix_blocks(
     *,
     segment: int,
     block_k: int,
-    share: float,
+    share: float | Float[Array, "#h 1"],
     start: int | Int[Array, ""] = 0,
     pool: int | None = None,
     causal: bool = True,
@@ -113,15 +116,11 @@ def prefix_blocks(
         score = key_scores(pooled, k, history | own)
         mass = jnp.exp(score - score.max(-1, keepdims=True))
         count = jnp.minimum(history.sum(), order.shape[-1])
-        prefix = jnp.take_along_axis(mass, listed, -1) * (jnp.arange(order.shape[-1]) < count)[None]
-        blocks = (
-            jnp.pad(prefix, ((0, 0), (0, -prefix.shape[-1] % block_k))).reshape(prefix.shape[0], -1, block_k).sum(-1)
-        )
-        whole = (mass * history[None]).sum(-1, keepdims=True)
-        rest = whole - jnp.cumsum(blocks, -1)
-        allowed = share * (whole + (mass * own[None]).sum(-1, keepdims=True))
-        needed = jnp.where(whole <= allowed, 0, (rest > allowed).sum(-1, keepdims=True) + 1)[:, 0]
-        return jnp.minimum(needed, -(-count // block_k)).astype(jnp.int32)
+        prefix = jnp.take_along_axis(mass, listed, -1)
+        prefix = jnp.where((jnp.arange(prefix.shape[-1]) < count)[None], prefix, 0.0)
+        blocks = jnp.pad(prefix, ((0, 0), (0, -prefix.shape[-1] % block_k))).reshape(prefix.shape[0], -1, block_k)
+        seen = jnp.where((history | own)[None], mass, 0.0).sum(-1, keepdims=True)
+        return (lax.cumsum(blocks.sum(-1), 1, reverse=True) > share * seen).sum(-1, dtype=jnp.int32)
 
     operands = queries.swapaxes(0, 1), order.swapaxes(0, 1), jnp.arange(order.shape[1], dtype=jnp.int32)
     return lax.map(one, operands).swapaxes(0, 1)
@@ -173,7 +172,10 @@ def packed_order(score: Float[Array, "*b t"], inside: Bool[Array, "*#b t"]) -> I
     words = (jnp.minimum(rank, jnp.uint32(steps)) << bits) | lax.broadcasted_iota(
         jnp.uint32, score.shape, score.ndim - 1
     )
-    return (lax.sort(words, dimension=-1, is_stable=False) & jnp.uint32(2**bits - 1)).astype(jnp.int32)
+    sort = lambda w: (lax.sort(w, dimension=-1, is_stable=False) & jnp.uint32(2**bits - 1)).astype(jnp.int32)
+    if not cpu_ffi.is_built():
+        return sort(words)
+    return lax.platform_dependent(words, cpu=functools.partial(cpu_ffi.packed_order, bits=bits), default=sort)
 
 
 def _list(pooled, k, m, *, segment, start, causal, rows, length):

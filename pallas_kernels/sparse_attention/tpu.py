@@ -60,7 +60,7 @@ def _window(x: Inputs, spec: Spec, interpret) -> tuple[jax.Array, jax.Array]:
     heads, rows, d = x.q.shape
     group, block = heads // x.k.shape[0], spec.block_q
     k, v = (own_rows(a, x.start, spec, a.dtype).reshape(a.shape[0], rows, d) for a in (x.k, x.v))
-    key = lambda h, m, i, j: (h // group, m * spec.tiles + (jnp.minimum(i, j) if spec.causal else j), 0)
+    key = lambda h, m, i, j: (lax.div(h, group), m * spec.tiles + (jnp.minimum(i, j) if spec.causal else j), 0)
     here = lambda h, m, i, j: (h, m * spec.tiles + i, 0)
     return pl.pallas_call(
         functools.partial(_window_body, spec=spec, scale=d**-0.5),
@@ -129,9 +129,9 @@ def _visit_body(count, threshold, q, acc0, norms0, order, kv, acc, norms, blocks
     index, buffer, active, listed, arrived = scratch
     list_, segment = pl.program_id(0), pl.program_id(1)
     place = list_ * spec.segments + segment
-    total = (count[place] + spec.block_k - 1) // spec.block_k
-    looks = (total + spec.check_every - 1) // spec.check_every
-    source = kv.at[list_ // share]
+    total = lax.div(count[place] + (spec.block_k - 1), spec.block_k)  # `//` asks for the TPU at hand
+    looks = lax.div(total + (spec.check_every - 1), spec.check_every)
+    source = kv.at[lax.div(list_, share)]
 
     def fetch(look, slot):
         pltpu.make_async_copy(order.at[place, look], index.at[slot], listed).start()

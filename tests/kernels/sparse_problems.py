@@ -42,7 +42,7 @@ CASES = {
 def arrays(case: Case, dtype=np.float32, seed=0):
     """(q, k, v), with a sink and some strong keys so that gains fall."""
     rng = np.random.default_rng(seed)
-    q = rng.standard_normal((case.heads, case.length, case.dim)) + 0.5
+    q = (rng.standard_normal((case.heads, case.length, case.dim)) + 0.5) * (16 / case.dim) ** 0.5
     k = rng.standard_normal((case.key_heads, case.keys, case.dim))
     k[:, :4] += 2.0
     k[:, rng.integers(0, case.keys, case.keys // 16)] *= 2.5

