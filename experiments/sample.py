@@ -1,0 +1,211 @@
+r"""Draws samples with the digits model of the package or one that `experiments.train_dit` exported, with or without a cache.
+
+python -m experiments.sample --classes=0,1,2,3,4,5,6,7,8,9 --steps=30 --cache=ertacache --computed=12 --out=digits.png
+python -m experiments.sample --bits=4 --corrector=tcec --out=digits.gif      (every step is a frame)
+
+Caches: none, uniform, fora, teacache, magcache, taylorseer, dbcache, ertacache; `--computed` is the number of steps that run the
+network. Progress is shown step by step. Prints how far the samples are from those of the full run on the same noise.
+"""
+
+import pathlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags, logging
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from experiments.tcec import CORRECTORS, RULES
+from jaxcomp.core.apply import compressed
+from jaxcomp.core.transform import compress
+from jaxcomp.data import digits as data
+from jaxcomp.data.embedded_dit import FOLDER
+from jaxcomp.io.dit import load_dit
+from jaxcomp.io.files import replacing
+from jaxcomp.models.dit import DiT
+from jaxcomp.quantize import rtn
+from jaxcomp.sampling import schedules, solvers
+from jaxcomp.sampling.cache import ertacache, magcache, teacache
+from jaxcomp.sampling.cache.dbcache import DBCacheConfig
+from jaxcomp.sampling.cache.fora import FORAConfig
+from jaxcomp.sampling.cache.pareto import Batch
+from jaxcomp.sampling.cache.quality import mean_interval, quality
+from jaxcomp.sampling.cache.search import HitRate, tune
+from jaxcomp.sampling.cache.taylorseer import TaylorSeerCacheConfig
+from jaxcomp.sampling.cache.uniform import UniformCacheConfig
+from jaxcomp.sampling.compensate import ptqd, tac, tcec
+from jaxcomp.sampling.compensate.trajectory import Model
+from jaxcomp.sampling.corrector import Corrector, chain
+from jaxcomp.sampling.denoiser import guided
+from jaxcomp.sampling.network import network
+from jaxcomp.sampling.pipeline import Pipeline, with_cache
+from jaxcomp.sampling.policy import uncached
+
+CALIBRATION = 32  # noises
+FITS = {"tcec": tcec.calibrate, "ptqd": ptqd.calibrate, "tac": tac.calibrate}
+Draw = tuple[Pipeline, Any, Batch]  # pipeline, params, calibration batch
+
+
+def make_solver(name: str, steps: int) -> solvers.LinearSolver:
+    """euler for flow models; ddpm, ddim or dpmpp_2m for noise-predicting ones.
+
+    Raises:
+      ValueError: an unknown name, or impossible steps.
+    """
+    if name == "euler":
+        return solvers.euler_flow(schedules.flow_grid(steps, shift=3.0))
+    known = {"ddpm": solvers.ddpm, "ddim": solvers.ddim, "dpmpp_2m": solvers.dpmpp_2m}
+    if name not in known:
+        raise ValueError(f"solver: expected euler, {', '.join(known)}, found {name!r}")
+    return known[name](schedules.vp_grid(schedules.cosine_betas(), steps, "leading"))
+
+
+def _mag(draw: Draw, n: int) -> magcache.MagCacheConfig:
+    pipeline, params, batch = draw
+    curve = magcache.calibrate(pipeline, params, *batch)
+    settings = [(t, k) for k in range(1, 9) for t in np.geomspace(1e-3, 10, 100)]
+    far = lambda s: abs(int(magcache.plan(curve, *s, 0.2).sum()) - n)
+    return magcache.MagCacheConfig(curve, *min(settings, key=far))
+
+
+def _erta(draw: Draw, n: int) -> ertacache.ERTACacheConfig:
+    pipeline, params, batch = draw
+    phi = "v" if pipeline.solver.name == "euler_flow" else "off"
+    settings = ertacache.ErtaSettings(computed=n, phi=phi)
+    return ertacache.calibrate(pipeline, settings, params, *batch).config
+
+
+CACHES: dict[str, Callable[[Draw, int], Any]] = {
+    "uniform": lambda draw, n: UniformCacheConfig(computed=n),
+    "fora": lambda draw, n: FORAConfig(max(1, round(draw[0].solver.steps / n))),
+    "taylorseer": lambda draw, n: TaylorSeerCacheConfig(max(1, round(draw[0].solver.steps / n))),
+    "teacache": lambda draw, n: tune(
+        draw[0], teacache.calibrated(draw[0], draw[1], *draw[2])[0], draw[1], *draw[2], computed=n
+    )[0],
+    "dbcache": lambda draw, n: tune(draw[0], DBCacheConfig(1, 0, warmup_steps=0), draw[1], *draw[2], computed=n)[0],
+    "magcache": _mag,
+    "ertacache": _erta,
+}
+
+
+def build(folder: str, solver: solvers.LinearSolver, guidance: float) -> tuple[Pipeline, Any, tuple[int, ...]]:
+    """(pipeline, params, shape of a latent). Raises CheckpointError if the model's folder is damaged."""
+    kind = "flow" if solver.name == "euler_flow" else "eps"
+    config, params = load_dit(folder or FOLDER / kind)
+    denoiser = guided(network(DiT(config)), guidance, jnp.int32(config.num_classes))
+    return Pipeline(denoiser, solver), params, (*config.size, config.channels)
+
+
+def quantize(params: Any, bits: int) -> Any:
+    """Weights and activations of all blocks rounded to `bits` bits, groups of 24 inputs; 0 leaves the params as they are."""
+    if not bits:
+        return params
+    return compress(rtn(bits, act_bits=bits, group_size=24, rules=RULES), params)[0]
+
+
+def correct(kind: str, draw: Draw, cached: Pipeline, quantized: Any) -> Pipeline:
+    """The pipeline with a corrector of quantization errors, calibrated on what will be sampled."""
+    if kind == "none":
+        return cached
+    pipeline, params, batch = draw
+    model = Model(cached.denoiser, quantized, cached.policy or uncached(), cached.corrector or Corrector())
+    found = FITS[kind](Model(pipeline.denoiser, params), model, cached.solver, *batch)
+    fix = CORRECTORS[kind](found)
+    return cached.replace(corrector=fix if cached.corrector is None else chain(cached.corrector, fix))
+
+
+def draw_samples(pipeline: Pipeline, params: Any, batch: Batch, key: Any) -> tuple[list[np.ndarray], HitRate]:
+    """(latents after every step, computed steps), with live progress; one compiled program."""
+    frames: dict[int, np.ndarray] = {}
+    columns = (TextColumn("sampling"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=pipeline.solver.steps)
+
+        def see(i, x) -> None:
+            frames[int(i)] = np.asarray(x)
+            bar.update(task, completed=len(frames))
+
+        def on_state(state, x, out, i):
+            jax.debug.callback(see, jnp.asarray(i), x)
+            return x, state
+
+        watched = pipeline.replace(corrector=chain(pipeline.corrector or Corrector(), Corrector(on_state=on_state)))
+        run = jax.jit(compressed(lambda params, x, cond, key: watched(params, x, cond, key, executor="cond")[1].mask))
+        mask = np.asarray(run(params, *batch, key))
+        jax.effects_barrier()
+    return [frames[i] for i in sorted(frames)], HitRate(mask)
+
+
+def write_pictures(path: pathlib.Path, frames: list[np.ndarray], columns: int, zoom: int = 8) -> None:
+    """The last frame as PNG, or all of them as GIF; appears whole or not at all."""
+    shown = frames if path.suffix == ".gif" else frames[-1:]
+    sheets = [Image.fromarray(data.contact_sheet(data.to_images(x), columns, zoom)) for x in shown]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        extra = dict(append_images=[*sheets[1:], *sheets[-1:] * 10], duration=100, loop=0) if len(sheets) > 1 else {}
+        sheets[0].save(temporary, format=path.suffix[1:].upper(), save_all=bool(extra), **extra)
+
+
+def run(args: Any) -> None:
+    """Everything. Raises ValueError or CheckpointError for bad settings."""
+    labels = [int(text) for text in args.classes]
+    if not labels or not all(0 <= label < data.NUM_CLASSES for label in labels):
+        raise ValueError(f"--classes: expected digits 0 to 9, found {','.join(args.classes)!r}")
+    if pathlib.Path(args.out).suffix not in (".png", ".gif"):
+        raise ValueError(f"--out: expected a name that ends in .png or .gif, found {args.out!r}")
+    if args.corrector != "none" and not args.bits:
+        raise ValueError("--corrector removes quantization errors; give --bits")
+    pipeline, params, shape = build(args.model, make_solver(args.solver, args.steps), args.guidance)
+    start, noise, calibration = jax.random.split(jax.random.key(args.seed), 3)
+    cond = jnp.repeat(jnp.asarray(labels, jnp.int32), args.rows)
+    batch = Batch(pipeline.solver.initial(start, (len(cond), *shape)), cond)
+    x = pipeline.solver.initial(calibration, (CALIBRATION, *shape))
+    draw, cached = (pipeline, params, Batch(x, jnp.arange(CALIBRATION) % data.NUM_CLASSES)), pipeline
+    if args.cache != "none":
+        cached = with_cache(pipeline, CACHES[args.cache](draw, args.computed or args.steps // 2))
+    quantized = quantize(params, args.bits)
+    cached = correct(args.corrector, draw, cached, quantized)
+    frames, hits = draw_samples(cached, quantized, batch, noise)
+    write_pictures(pathlib.Path(args.out), frames, columns=args.rows)
+    print(hits)
+    if args.cache != "none" or args.bits:
+        full = jax.jit(lambda *a: pipeline(*a, executor="cond")[0])(params, *batch, noise)
+        psnr = mean_interval(quality(frames[-1], np.asarray(full)).psnr)
+        print(f"PSNR to the full run {psnr.value:.1f} dB [{psnr.low:.1f}, {psnr.high:.1f}] over {len(cond)} samples")
+    print(args.out)
+
+
+def define_flags() -> None:
+    """The flags of the script."""
+    flags.DEFINE_list("classes", [str(digit) for digit in range(10)], "Digits to draw, one row each.")
+    flags.DEFINE_integer("rows", 8, "Samples per class.", lower_bound=1)
+    flags.DEFINE_integer("steps", 30, "Steps of the solver.", lower_bound=2)
+    flags.DEFINE_string("solver", "euler", "euler (flow model), or ddpm, ddim, dpmpp_2m (noise-predicting model).")
+    flags.DEFINE_float("guidance", 1.5, "Weight of classifier-free guidance.")
+    flags.DEFINE_enum("cache", "none", ["none", *CACHES], "Cache policy.")
+    flags.DEFINE_integer("computed", 0, "Steps that run the network; half of them by default.", lower_bound=0)
+    flags.DEFINE_integer("bits", 0, "Quantize weights and activations of the blocks to so many bits; 0 does not.")
+    flags.DEFINE_enum("corrector", "none", ["none", *FITS], "Corrector of quantization errors.")
+    flags.DEFINE_integer("seed", 0, "Of noise and calibration.")
+    flags.DEFINE_string("model", "", "Folder of a trained model; the one of the package by default.")
+    flags.DEFINE_string("out", "digits.png", "PNG of the samples, or GIF of all steps.")
+
+
+def main(argv) -> None:
+    """Runs with one-line errors."""
+    del argv
+    logging.set_verbosity(logging.WARNING)
+    try:
+        run(flags.FLAGS)
+    except (ValueError, OSError) as error:
+        sys.exit(f"sample: {error}")
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main)

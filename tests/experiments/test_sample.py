@@ -1,0 +1,70 @@
+"""The sampling script: pictures, animation, caches, one-line errors."""
+
+import types
+
+import pytest
+from PIL import Image
+
+from experiments import sample
+
+DEFAULTS = dict(
+    classes=["3", "7"],
+    rows=2,
+    steps=6,
+    solver="euler",
+    guidance=1.5,
+    cache="none",
+    computed=3,
+    seed=0,
+    model="",
+    bits=0,
+    corrector="none",
+)
+
+
+def run(tmp_path, name="out.png", **changes):
+    path = tmp_path / name
+    sample.run(types.SimpleNamespace(**(DEFAULTS | changes), out=str(path)))
+    return path
+
+
+def test_png_shows_one_row_per_class(tmp_path, capsys):
+    with Image.open(run(tmp_path)) as image:
+        width, height = image.size
+    assert width == height  # 2 x 2 samples
+    assert "6 of 6 steps computed, hit rate 0%" in capsys.readouterr().out
+
+
+def test_cache_and_gif_of_all_steps(tmp_path, capsys):
+    with Image.open(run(tmp_path, "out.gif", cache="uniform")) as image:
+        assert image.n_frames >= 6
+    said = capsys.readouterr().out
+    assert "3 of 6 steps computed, hit rate 50%" in said and "PSNR to the full run" in said
+
+
+def test_noise_predicting_model_with_a_stochastic_solver(tmp_path, capsys):
+    run(tmp_path, solver="ddpm")
+    assert "6 of 6" in capsys.readouterr().out
+
+
+def test_quantized_model_with_a_corrector(tmp_path, capsys):
+    psnr = lambda: float(capsys.readouterr().out.split("full run ")[1].split(" dB")[0])
+    run(tmp_path, bits=4, classes=["0", "1", "2", "3"])
+    plain = psnr()
+    run(tmp_path, bits=4, corrector="tcec", classes=["0", "1", "2", "3"])
+    assert psnr() > plain > 5
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(classes=["11"]), "digits 0 to 9"),
+        (dict(corrector="tcec"), "give --bits"),
+        (dict(solver="rk4"), "expected euler, ddpm, ddim, dpmpp_2m"),
+        (dict(name="out.bmp"), r"\.png or \.gif"),
+    ],
+)
+def test_bad_settings_are_explained_and_leave_nothing(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path, **changes)
+    assert not list(tmp_path.iterdir())
