@@ -1,0 +1,101 @@
+"""The claim of MotionCache on a small field whose denoiser is exact; the parts of its card; the training of the video model."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs.diffusion import motioncache as motioncache_config
+from configs.diffusion import video_dit as training_config
+from experiments import motioncache
+from experiments.motioncache_worlds import Score, best, field_world, methods, reference, score, thresholds
+from experiments.train_video_dit import draw, draw_times, train
+from jaxcomp.data.embedded_video import load_video_dit, save_video_dit
+from jaxcomp.io.files import CheckpointError
+from jaxcomp.models.video_dit import VideoDiTConfig
+
+
+def small_field():
+    config = motioncache_config.get_config()
+    config.field.update(videos=4, tokens=16, shares=(0.125, 0.25, 0.375, 0.5, 0.75))
+    config.update(threshold_count=8)
+    return config
+
+
+def test_motion_beats_whole_chunks_and_random_tokens_on_the_exact_field():
+    """At half the tokens, as in the pilot; and no cache at a threshold of 0."""
+    config = small_field()
+    world = field_world(config, 0)
+    found, scores = reference(world), {}
+    named = methods(config)
+    for name in ("FlowCache", "MotionCache, x0 estimate, alpha 0.6", "random tokens, alpha 0.6"):
+        ends, count = config.threshold_range, config.threshold_count
+        tried = [
+            score(world, found, named[name], "output", t) for t in thresholds(named[name], ends, count, found.table)
+        ]
+        scores[name] = best(tried, 0.5).psnr.mean()
+    flow, motion, random = scores.values()
+    assert motion > flow + 1 and motion > random + 1
+    exact = score(world, found, named["MotionCache, x0 estimate, alpha 0.6"], "output", 0.0)
+    assert exact.share == 1 and (exact.psnr > 100).all()
+
+
+def test_the_best_score_stays_within_the_budget():
+    scores = [Score(share, np.array([psnr])) for share, psnr in ((0.2, 20.0), (0.4, 30.0), (0.6, 40.0))]
+    assert best(scores, 0.5).share == 0.4
+    with pytest.raises(ValueError, match="at most 10% of the tokens"):
+        best(scores, 0.1)
+
+
+def records(**psnr):
+    one = lambda value: {"psnr": [value, value + 1], "share": 0.4, "reuse": "output", "threshold": 0.1, "seconds": 1.0}
+    return {("exact field", name, 0.5): [one(value)] * 3 for name, value in psnr.items()}
+
+
+@pytest.mark.parametrize("psnr, verdict", [(40.0, "meets the bar: +8.0 dB"), (34.0, "MISSES the bar: +2.0 dB")])
+def test_the_card_says_whether_the_bar_is_met(psnr, verdict):
+    config = motioncache_config.get_config()
+    results = records(FlowCache=32.0, **{"MotionCache, x0 estimate, alpha 0.6": psnr})
+    card = motioncache.card(config, results, {})
+    assert any(verdict in line for line in card.departures)
+    gains = [row for row in card.rows if row.metric == "gain over FlowCache"]
+    assert [row.value for row in gains] == [psnr - 32.0]
+
+
+def tiny_training():
+    config = training_config.get_config()
+    config.model.update(frames=1, size=8, patch=4, width=16, depth=1, heads=2)
+    config.update(
+        chunks=2, steps=4, batch_size=2, warmup_steps=1, log_every=4, checkpoint_every=2, sheet_every=4, sheet_steps=3
+    )
+    return config
+
+
+def test_training_resumes_to_the_same_parameters_and_draws_sheets(tmp_path):
+    config = tiny_training()
+    model, whole = train(config, tmp_path / "whole")
+    _, done = train(config, tmp_path / "whole")
+    assert int(done.step) == 4 and (tmp_path / "whole" / "samples_000004.png").exists()
+    jax.tree.map(np.testing.assert_array_equal, whole.average, done.average)
+    save_video_dit(tmp_path / "model", model.config, whole.average)
+    loaded, params = load_video_dit(tmp_path / "model")
+    assert loaded == model
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), params, whole.average)
+
+
+def test_draws_depend_on_the_key_alone_and_prefixes_are_almost_clean():
+    config = training_config.get_config()
+    model = VideoDiTConfig(**config.model)
+    one, two = (jax.jit(lambda k: draw(config, model, k))(jax.random.key(3)) for _ in range(2))
+    jax.tree.map(np.testing.assert_array_equal, one, two)
+    t = draw_times(config, jax.random.key(0), 4000)
+    clean = t < config.clean_time
+    assert 0.35 < float(clean[:, 0].mean()) < 0.45 and not bool((~clean[:, 0] & clean[:, 1] & (t[:, 1] < 1e-3)).any())
+    assert float(clean[:, -1].mean()) < 0.02
+
+
+def test_a_folder_with_other_tensors_is_refused(tmp_path):
+    small = VideoDiTConfig(frames=1, size=8, patch=4, width=16, depth=1, heads=2)
+    save_video_dit(tmp_path, small, {"patch": {"kernel": jnp.zeros((3, 3))}})
+    with pytest.raises(CheckpointError, match="that was written beside it"):
+        load_video_dit(tmp_path)
