@@ -22,7 +22,7 @@ SHAPES = {
         Shape("llama3.1-8b", 32, 8, 128),
         Shape("llama3.1-8b/group", 4, 1, 128),  # one key head and its queries: an eighth of a layer
         Shape("qwen3-4b/group", 4, 1, 128),
-        Shape("tiny", 4, 2, 32),
+        Shape("tiny", 4, 2, 48),
     )
 }
 LENGTHS = (4096, 8192, 16384, 32768, 65536, 131072)
@@ -42,9 +42,14 @@ _FREQUENCIES = np.geomspace(1.5, 0.01, 6)
 def structured_heads(rng: np.random.Generator, length: int, shape: Shape, kinds: tuple[str, ...] = tuple(KINDS)):
     """float32 q [Hq, N, d], k and v [Hk, N, d]: sinks, windows, diagonals, heavy hitters and topics as explicit features.
 
-    Key head i is of kind i modulo their number. Needs d >= 36. Every feature owns directions of an orthonormal frame, so its
+    Key head i is of kind i modulo their number. Every feature owns directions of an orthonormal frame, so its
     logit is the product of a query's and a key's share of it; rows differ in their appetite for anything but the sink.
+
+    Raises:
+      ValueError: d < 36, which does not hold the features.
     """
+    if shape.dim < 36:
+        raise ValueError(f"{shape.name}: heads of {shape.dim} dimensions do not hold 36 features; use 36 or more")
     group = shape.query_heads // shape.key_heads
     heads = [_group(rng, length, shape.dim, group, kinds[i % len(kinds)]) for i in range(shape.key_heads)]
     q, k, v = zip(*heads, strict=True)

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -39,6 +40,7 @@ def test_heads_need_few_tokens(kind):
 def test_chunked_attention_is_dense_attention():
     q, k, v = shapes.structured_heads(np.random.default_rng(0), 256, shapes.SHAPES["tiny"])
     calls = dense.peers(q, k, v, 1 << 30)
-    np.testing.assert_allclose(dense.chunked_attention(q, k, v, 64), calls["jax.nn"]()[0].swapaxes(0, 1), atol=2e-5)
+    out = jax.jit(lambda *a: dense.chunked_attention(*a, block=64))(q, k, v)
+    np.testing.assert_allclose(out, calls["jax.nn"]()[0].swapaxes(0, 1), atol=2e-5)
     with pytest.raises(ValueError, match="block=100 must divide N=256"):
         dense.chunked_attention(q, k, v, 100)
