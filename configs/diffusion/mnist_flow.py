@@ -8,7 +8,7 @@ from configs.diffusion.recipe import settings
 
 def get_config():
     """Every setting of the run."""
-    model = dict(size=(14, 14), channels=4, patch=(2, 2), hidden_size=96, num_layers=4, num_heads=4, mlp_size=384)
+    model = dict(size=(14, 14), channels=4, patch=(2, 2), hidden_size=64, num_layers=4, num_heads=4, mlp_size=256)
     return settings(
-        data="mnist", objective="flow", model=model, batch_size=64, steps=8000, learning_rate=1e-3, eval_every=2000
+        data="mnist", objective="flow", model=model, batch_size=32, steps=4000, learning_rate=1e-3, eval_every=2000
     )

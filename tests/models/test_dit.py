@@ -23,11 +23,9 @@ VIDEO = DiTConfig((2, 4, 4), 3, (1, 2, 2), 24, 1, 2, 32, text_size=7, position="
 
 def randomised(config, seed=0):
     """Params without adaLN's zeros."""
-    leaves, structure = jax.tree.flatten(init_params(config, jax.random.key(seed)))
-    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-    return jax.tree.unflatten(
-        structure, [x + 0.2 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-    )
+    rng = np.random.default_rng(seed + 1)
+    change = lambda leaf: jnp.asarray(leaf + 0.2 * rng.normal(size=leaf.shape), leaf.dtype)
+    return jax.tree.map(change, jax.device_get(init_params(config, jax.random.key(seed))))
 
 
 PARAMS = randomised(CONFIG)

@@ -34,11 +34,8 @@ T, TEXT = jnp.array([3.0, 700.0]), jax.random.normal(jax.random.key(1), (2, 3, 6
 
 @pytest.fixture(scope="module")
 def params():
-    leaves, structure = jax.tree.flatten(param_shapes(CONFIG))
-    keys = jax.random.split(jax.random.key(2), len(leaves))
-    return jax.tree.unflatten(
-        structure, [0.2 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
-    )
+    rng = np.random.default_rng(2)
+    return jax.tree.map(lambda leaf: jnp.asarray(0.2 * rng.normal(size=leaf.shape), leaf.dtype), param_shapes(CONFIG))
 
 
 def test_unet_matches_diffusers(tmp_path):
