@@ -211,6 +211,22 @@ def five_level_bytes(params: Any) -> dict[str, float]:
     return total
 
 
+def float_noise(config: ConfigDict, out: pathlib.Path) -> dict[str, float]:
+    """{scheme: median error} of the float-rounded model against itself with embeddings times 1 + 1e-6, for the trees kept.
+
+    It is what float error alone does to logits once activations are rounded: the yardstick of `export_error`.
+    """
+    work = bench(config, config.seeds[0])
+    tokens, found = work.windows["embedded"].calibration[:2], {}
+    for scheme in config.timed:
+        params = orbax.restore(scheme_folder(out, config.seeds[0], scheme) / TREES)[0]
+        moved = params | {"embed": jax.tree.map(lambda a: a * (1 + 1e-6), params["embed"])}
+        kv_bits = config.schemes[scheme].kv_bits
+        a, b = (np.asarray(fake_logits(work.lm.config, kv_bits, tree, tokens)) for tree in (params, moved))
+        found[scheme] = float(np.median(np.abs(a - b).max(-1) / np.abs(a).max()))
+    return found
+
+
 def time_decoding(config: ConfigDict, out: pathlib.Path) -> dict[str, dict[str, Any]]:
     """Greedy decoding of one sequence by the whole model, float and packed, in one paired run; rows by method."""
     work = bench(config, config.seeds[0])
@@ -246,10 +262,10 @@ def main(argv) -> None:
         results = run_all(config, out, seeds, schemes, f.overwrite)
         if f.seeds or f.settings:
             return
-        speed = time_decoding(config, out)
+        speed, noise = time_decoding(config, out), float_noise(config, out)
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"abq_llm: {error}")
-    abq_card.card(config, results, speed).write(f.results)
+    abq_card.card(config, results, speed, noise).write(f.results)
     abq_card.plot(results, pathlib.Path(f.results) / "abq_llm.png")
     print(f"{f.results}/abq_llm.md")
 

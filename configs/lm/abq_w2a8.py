@@ -1,6 +1,10 @@
 """ABQ-LLM (Zeng et al., AAAI 2025, arXiv 2408.08554), W2A8: learned clipping, rescaling and compensation, block by block.
 
-python -m experiments.compress_lm --config=configs/lm/abq_w2a8.py [--config.bit_balance=True]
+python -m experiments.compress_lm --config=configs/lm/abq_w2a8.py [--config.bit_balance=True] [--config.learn_rounding=True]
+
+Expected on the embedded model with two outlier channels per norm (factor 20), windows of 128 tokens, keys and values at 8 bits,
+one seed: perplexity 23.8 -> 31.4 (round to nearest 54.4, OmniQuant 31.8), with learn_rounding 27.1; 2.26 bits per weight with
+scales. Learning takes about a minute on two CPU cores.
 """
 
 from ml_collections import ConfigDict

@@ -89,7 +89,7 @@ def test_card_has_every_number_once(tmp_path):
     storage = {"planes": 0.375, "base5": 0.3}
     results = toy_results() | {("W2*A8", "abq"): [record(27, storage=storage)] * 2}
     speed = {"float": dict(tokens_per_second=[9, 8, 10], speedup=[1, 1, 1], bytes=9, step_bytes=12, load=[0.1, 0.2])}
-    card = abq_card.card(settings.get_config(), results, speed)
+    card = abq_card.card(settings.get_config(), results, speed, {"W4A4": 1e-6})
     rows = {(row.method, row.setting, row.metric): row.value for row in card.rows}
     assert rows["abq", "W2*A8 outliers embedded", "bytes_per_weight, base5"] == 0.3
     assert rows["abq", "W4A4 outliers embedded", "ratio to omniquant"] == pytest.approx(25 / 26)
