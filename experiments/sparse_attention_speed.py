@@ -52,7 +52,7 @@ def rows_of(found: Sequence[Mapping[str, Any]], heads: int) -> list[Row]:
                 Row(f"{name[:-7]}, up to {r['setting']}", setting, "time", "ms/head", *interval(1e3 * own / heads))
             )
             continue
-        method = f"dense, {r['setting']}" if name == "dense" else f"{name}, density {float(r['setting']):g}"
+        method = f"dense, {r['setting']}" if name == "dense" else f"{name}, target density {float(r['setting']):g}"
         rows.append(Row(method, setting, "time", "ms/head", *interval(1e3 * own / heads)))
         if name == "dense":
             continue
