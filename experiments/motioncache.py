@@ -107,8 +107,9 @@ def rows(results: Results, speed: Mapping[str, Any]) -> list[Row]:
         psnr = np.concatenate([r["psnr"] for r in records])
         note = "; ".join(sorted({f"{r['reuse']} reused" for r in records}))
         out.append(Row(method, setting, "psnr to the uncached run", "dB", *interval(psnr), note=note))
-        shares = [r["share"] for r in records]
-        out.append(Row(method, setting, "computed tokens", "", float(np.mean(shares)), min(shares), max(shares)))
+        shares = np.sort([r["share"] for r in records])
+        ends = float(shares[0]), float(shares[-1])
+        out.append(Row(method, setting, "computed tokens", "", float(np.clip(shares.mean(), *ends)), *ends))
         if method != FLOW:
             published = PAPER_GAIN if name != FIELD and method.endswith("program)") and budget == 0.25 else None
             note = PAPER_NOTE if published else ""

@@ -70,6 +70,9 @@ def departures(found: Sequence[Mapping[str, Any]]) -> list[str]:
     texts = [
         "The paper measures Triton kernels on a GPU; these are CPU kernels against dense attention of the same CPU."
     ]
+    texts.append(
+        "Intervals are those of a median of few rounds, often their range: wide ones mean that other work shared the CPUs."
+    )
     for r in found:
         if r["method"] in ("dense", "xla") or r["length"] != LENGTH or r.get("density", 1.0) > DENSITY:
             continue

@@ -163,8 +163,8 @@ def one_run(config: ConfigDict, setting: ConfigDict, seed: int) -> dict[str, Any
 def run_all(config: ConfigDict, stages: Stages) -> Results:
     """All runs, recorded one by one."""
     results: Results = {}
-    for seed in config.seeds:
-        for name, setting in config.settings.items():
+    for name, setting in config.settings.items():
+        for seed in config.seeds:  # programs are compiled once per setting
             work = lambda setting=setting, seed=seed: one_run(config, setting, seed)
             results.setdefault(name, []).append(stages.run(f"{name}, seed {seed}", work))
     return results

@@ -106,7 +106,8 @@ def make_update(config: ConfigDict, model: VideoDiT, optimizer: optax.GradientTr
     def update(params, average, opt_state, step):
         batch = draw(config, model.config, jax.random.fold_in(jax.random.key(config.seed), step))
         loss, grads = jax.value_and_grad(loss_fn)(params, batch)
-        updates, opt_state = optimizer.update(grads, opt_state, params)
+        with jax.numpy_dtype_promotion("standard"):  # optax's Muon raises a float to an integer power
+            updates, opt_state = optimizer.update(grads, opt_state, params)
         params = optax.apply_updates(params, updates)
         return params, optax.incremental_update(params, average, 1 - config.average_decay), opt_state, loss
 

@@ -20,7 +20,7 @@ def save_video_dit(folder: pathlib.Path, config: VideoDiTConfig, params: dict[st
     """Writes `config.json` and `model.safetensors`, params in float16."""
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    arrays = {path: np.asarray(leaf, np.float16) for path, leaf in leaves_with_paths(params)}
+    arrays = {path: np.asarray(leaf, np.float16) for path, leaf in leaves_with_paths(params).items()}
     save_safetensors(folder / "model.safetensors", arrays)
     with replacing(folder / "config.json") as temporary:
         write_json(temporary, dataclasses.asdict(config))
@@ -41,7 +41,7 @@ def load_video_dit(folder: pathlib.Path = FOLDER) -> tuple[VideoDiT, dict[str, A
     tokens = jnp.zeros((1, 1, model.config.chunk_tokens, model.config.token_channels))
     shapes = jax.eval_shape(model.init, jax.random.key(0), tokens, jnp.ones((1, 1)))["params"]
     with open_safetensors(folder / "model.safetensors") as file:
-        expected = {path: leaf.shape for path, leaf in leaves_with_paths(shapes)}
+        expected = {path: leaf.shape for path, leaf in leaves_with_paths(shapes).items()}
         found = {name: file.info(name)[1] for name in file.keys()}
         if differ := sorted(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k)):
             name = differ[0]

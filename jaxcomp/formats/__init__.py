@@ -10,6 +10,7 @@ from jaxcomp.formats.low_rank import LowRankArray
 from jaxcomp.formats.masked import MaskedArray
 from jaxcomp.formats.observed import ObservedArray
 from jaxcomp.formats.quantized import QuantizedArray
+from jaxcomp.formats.smoothed import SmoothedArray
 
 __all__ = [
     "ActivationQuantizer",
@@ -21,4 +22,5 @@ __all__ = [
     "MaskedArray",
     "ObservedArray",
     "QuantizedArray",
+    "SmoothedArray",
 ]

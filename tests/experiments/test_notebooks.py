@@ -6,7 +6,10 @@ import pytest
 
 NOTEBOOKS = sorted((pathlib.Path(__file__).parents[2] / "experiments" / "notebooks").glob("*.ipynb"))
 SAYS = {"compress_a_model": "accuracy", "upscale_a_picture": "kB of weights; bicubic"}
-SAYS |= {"caching_a_sampler": "30 dB or better", "sparse_attention": "largest difference at threshold 0"}  # its cells print
+SAYS |= {
+    "caching_a_sampler": "30 dB or better",
+    "sparse_attention": "largest difference at threshold 0",
+}  # its cells print
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)

@@ -131,7 +131,9 @@ def test_relative_fit_follows_its_normal_equation():
     q, r = jax.random.normal(jax.random.key(6), (2, 1, 500, SIZE)) + 3
     mean = lambda v: v.mean((0, 1))
     k = tcec.relative_fit(q, r, mean, 0.5, 0.1, SIZE)
-    loss = lambda k: 0.5 * mean((k * q - r) ** 2) + 0.5 * SIZE * mean((k * q / r - 1) ** 2) + 0.1 * (k.reshape(-1) - 1) ** 2
+    loss = lambda k: (
+        0.5 * mean((k * q - r) ** 2) + 0.5 * SIZE * mean((k * q / r - 1) ** 2) + 0.1 * (k.reshape(-1) - 1) ** 2
+    )
     grad = jax.grad(lambda k: loss(k.reshape(1, 1, -1)).sum())(k)
     np.testing.assert_allclose(grad, 0, atol=1e-3)
 
