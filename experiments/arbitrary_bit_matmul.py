@@ -204,7 +204,8 @@ def main(argv) -> None:
         rows, minutes = rows + found, minutes + took
         print(f"{part}: {took:.1f} minutes", flush=True)
     device = f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, jax {jax.__version__}, {', '.join(BACKENDS)}"
-    command = shlex.join(["python", "-m", "experiments.arbitrary_bit_matmul"])
+    parts = [] if list(f.parts) == list(PARTS) else [f"--parts={','.join(f.parts)}"]
+    command = shlex.join(["python", "-m", "experiments.arbitrary_bit_matmul", *parts])
     card = Card("arbitrary_bit_matmul", PAPER, command, current_commit(), device, minutes, [0], rows, departures(rows))
     card.write(f.out)
     print(card.to_markdown())
