@@ -145,6 +145,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> tuple[VideoDiT, State]:
     with ocp.CheckpointManager(workdir / "checkpoints", options=options) as manager:
         if manager.latest_step() is not None:
             start = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(start))
+        state = start
         for state, loss in steps(config, model, optimizer, start):
             step = int(state.step)
             losses.append(loss)
