@@ -15,29 +15,18 @@ from pallas_kernels.arbitrary_bit_matmul import cpu_ffi, gpu_mosaic, gpu_triton,
 from pallas_kernels.arbitrary_bit_matmul.activation import ActivationCodes, quantize_activations
 from pallas_kernels.arbitrary_bit_matmul.layouts import Prepared
 from pallas_kernels.arbitrary_bit_matmul.spec import Backend, WeightSpec
+from pallas_kernels.dispatch import Choice, as_names, backend, first_that_covers
 
 BACKENDS: dict[str, Backend] = {
     b.name: b for b in (xla.BACKEND, cpu_ffi.BACKEND, tpu.BACKEND, gpu_mosaic.BACKEND, gpu_triton.BACKEND)
 }
 
 
-class Choice(NamedTuple):
-    """Which implementation runs, and why the ones before it do not.
-
-    Attributes:
-      name: the implementation.
-      reasons: implementation -> why it was passed over.
-    """
-
-    name: str
-    reasons: dict[str, str]
-
-
 class _Static(NamedTuple):
     spec: WeightSpec
     act_bits: int | None
     act_symmetric: bool
-    implementation: str | Sequence[str] | None
+    implementation: tuple[str, ...] | None
 
 
 def arbitrary_bit_matmul(
@@ -73,7 +62,7 @@ def arbitrary_bit_matmul(
       ExceptionGroup: every named implementation refused; one NotImplementedError each.
     """
     spec = weight_spec(packed, scale, zero, k=x.shape[-1], bits=bits, levels=levels)
-    static = _Static(spec, act_bits, act_symmetric, _hashable(implementation))
+    static = _Static(spec, act_bits, act_symmetric, as_names(implementation))
     y = _float_matmul(x.reshape(-1, spec.k), packed, scale, zero, static)
     return y.astype(x.dtype).reshape(*x.shape[:-1], spec.n)
 
@@ -90,13 +79,13 @@ def code_matmul(
 ) -> Float[Array, "m n"]:
     """The same for activations that are quantized already, with their own scales and zero points; float32, no gradient."""
     spec = weight_spec(packed, scale, zero, k=x.codes.shape[-1], bits=bits, levels=levels)
-    return _code_product(x, packed, scale, zero, spec, _hashable(implementation))
+    return _code_product(x, packed, scale, zero, spec, as_names(implementation))
 
 
 def prepare(packed: jax.Array, *, k: int, groups: int, bits: int, levels: int = 0, implementation: str) -> Prepared:
     """Dense words in the layout that an implementation likes best; done once per weight, else calls may have to do it."""
     spec = WeightSpec(packed.shape[-2], k, groups, bits, levels)
-    first = _backend(implementation).layouts(spec)[:1]
+    first = backend(BACKENDS, implementation).layouts(spec)[:1]
     return layouts.convert(_prepared(packed), first, spec)
 
 
@@ -113,14 +102,8 @@ def choose(spec: WeightSpec, x: jax.Array, packed, names: Sequence[str], convert
     Raises:
       ExceptionGroup: none does; one NotImplementedError each.
     """
-    reasons = {}
-    for name in names:
-        reason = _refusal(_backend(name), spec, x, packed, convert)
-        if reason is None:
-            return Choice(name, reasons)
-        reasons[name] = reason
-    errors = [NotImplementedError(f"{name}: {reason}") for name, reason in reasons.items()]
-    raise ExceptionGroup(f"none of {', '.join(names)} covers this product; 'xla' always does", errors)
+    refuse = lambda name: _refusal(backend(BACKENDS, name), spec, x, packed, convert)
+    return first_that_covers(names, refuse, "product")
 
 
 def preference() -> dict[str, tuple[str, ...]]:
@@ -195,8 +178,7 @@ def _centred_product(x, packed, scale, zero, spec, implementation):
 
 def _dispatch(x, packed, scale, spec, implementation):
     if implementation is not None:
-        names = (implementation,) if isinstance(implementation, str) else implementation
-        return _run(choose(spec, x, packed, names).name, x, packed, scale, spec)
+        return _run(choose(spec, x, packed, implementation).name, x, packed, scale, spec)
     chosen = {platform: choose(spec, x, packed, names, False).name for platform, names in preference().items()}
     branches = {p: functools.partial(_run, name, spec=spec) for p, name in chosen.items() if name != "xla"}
     xla_branch = functools.partial(_run, "xla", spec=spec)
@@ -206,27 +188,17 @@ def _dispatch(x, packed, scale, spec, implementation):
 
 
 def _run(name, x, packed, scale, spec):
-    backend = BACKENDS[name]
-    return backend.matmul(x, layouts.convert(_prepared(packed), backend.layouts(spec), spec), scale, spec)
+    chosen = BACKENDS[name]
+    return chosen.matmul(x, layouts.convert(_prepared(packed), chosen.layouts(spec), spec), scale, spec)
 
 
-def _refusal(backend: Backend, spec, x, packed, convert) -> str | None:
-    known = backend.layouts(spec)
+def _refusal(candidate: Backend, spec, x, packed, convert) -> str | None:
+    known = candidate.layouts(spec)
     layout = _prepared(packed).layout
-    if layout in known or backend.name == "xla" or (layout == "dense" and convert):
-        return backend.refuse(spec, x)
+    if layout in known or candidate.name == "xla" or (layout == "dense" and convert):
+        return candidate.refuse(spec, x)
     return f"the weight has layout {layout!r}, expected {' or '.join(map(repr, known))}: use `prepare`"
 
 
 def _prepared(packed: jax.Array | Prepared) -> Prepared:
     return packed if isinstance(packed, Prepared) else Prepared(packed, "dense")
-
-
-def _backend(name: str) -> Backend:
-    if name not in BACKENDS:
-        raise ValueError(f"unknown implementation {name!r}; known: {', '.join(BACKENDS)}")
-    return BACKENDS[name]
-
-
-def _hashable(implementation):
-    return implementation if implementation is None or isinstance(implementation, str) else tuple(implementation)

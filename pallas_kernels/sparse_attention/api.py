@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.dispatch import Choice, as_names, backend, first_that_covers
 from pallas_kernels.sparse_attention import cpu_ffi, gpu_mosaic, gpu_triton, reference, tpu, xla
 from pallas_kernels.sparse_attention.rows import row_numbers
 from pallas_kernels.sparse_attention.spec import Aggregate, Backend, Inputs, Spec, Stop
@@ -26,18 +27,6 @@ BACKENDS: dict[str, Backend] = {
         gpu_mosaic.BACKEND,
     )
 }
-
-
-class Choice(NamedTuple):
-    """Which implementation runs, and why the ones before it do not.
-
-    Attributes:
-      name: the implementation.
-      reasons: implementation -> why it was passed over.
-    """
-
-    name: str
-    reasons: dict[str, str]
 
 
 class Stats(NamedTuple):
@@ -113,7 +102,7 @@ def sparse_attention(
     if spec.length == 0:
         return q, _no_stats(q, spec)
     x = _inputs(q, k, v, order, threshold, query_order, limit, start, spec)
-    out, lse, blocks, gain = _forward_only(x, spec, _hashable(implementation))
+    out, lse, blocks, gain = _forward_only(x, spec, as_names(implementation))
     share = q.shape[0] // order.shape[0]
     each = lambda a: jnp.repeat(a, share, 0, total_repeat_length=q.shape[0])
     return out, Stats(each(blocks), each(-(-x.count // block_k)), each(gain), lse)
@@ -143,14 +132,7 @@ def choose(spec: Spec, x: Inputs, names: Sequence[str]) -> Choice:
     Raises:
       ExceptionGroup: none does; one NotImplementedError each.
     """
-    reasons = {}
-    for name in names:
-        reason = _backend(name).refuse(spec, x)
-        if reason is None:
-            return Choice(name, reasons)
-        reasons[name] = reason
-    errors = [NotImplementedError(f"{name}: {reason}") for name, reason in reasons.items()]
-    raise ExceptionGroup(f"none of {', '.join(names)} covers this attention; 'xla' always does", errors)
+    return first_that_covers(names, lambda name: backend(BACKENDS, name).refuse(spec, x), "attention")
 
 
 def preference() -> dict[str, tuple[str, ...]]:
@@ -163,8 +145,7 @@ def preference() -> dict[str, tuple[str, ...]]:
 def _forward_only(x: Inputs, spec: Spec, implementation):
     attend = functools.partial(_finish, spec=spec)
     if implementation is not None:
-        names = (implementation,) if isinstance(implementation, str) else implementation
-        return attend(choose(spec, x, names).name, x)
+        return attend(choose(spec, x, implementation).name, x)
     chosen = {platform: choose(spec, x, names).name for platform, names in preference().items()}
     branches = {platform: functools.partial(attend, name) for platform, name in chosen.items()}
     return lax.platform_dependent(x, **branches, default=functools.partial(attend, "xla"))
@@ -230,13 +211,3 @@ def _check(q, k, v, order, threshold, query_order, spec: Spec) -> None:
 def _no_stats(q, spec: Spec) -> Stats:
     tiles = (q.shape[0], 0, spec.tiles)
     return Stats(jnp.zeros(tiles, jnp.int32), jnp.zeros(tiles[:2], jnp.int32), jnp.zeros(tiles), jnp.zeros(q.shape[:2]))
-
-
-def _backend(name: str) -> Backend:
-    if name not in BACKENDS:
-        raise ValueError(f"unknown implementation {name!r}; known: {', '.join(BACKENDS)}")
-    return BACKENDS[name]
-
-
-def _hashable(implementation):
-    return implementation if implementation is None or isinstance(implementation, str) else tuple(implementation)
