@@ -19,11 +19,8 @@ FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-march=native", "-w")
 
 def library(source: pathlib.Path, flags: tuple[str, ...] = FLAGS) -> pathlib.Path:
     """Where the library of a source belongs, whether it has been built or not."""
-    sources = [path.read_bytes() for path in sorted(source.parent.glob("*.cc"))]  # one may include another
-    facts = (*sources, " ".join(flags).encode(), jax.__version__.encode(), _machine().encode())
-    digest = hashlib.sha256(b"\0".join(facts)).hexdigest()[:16]
     root = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    return pathlib.Path(root) / "pallas_kernels" / f"{source.parent.name}-{digest}.so"
+    return pathlib.Path(root) / "pallas_kernels" / f"{source.parent.name}-{_digest(source, flags)}.so"
 
 
 def build(source: pathlib.Path, flags: tuple[str, ...] = FLAGS) -> pathlib.Path:
@@ -59,6 +56,14 @@ def compiler() -> str | None:
     """The C++ compiler: CXX, or the first that the system has."""
     named = os.environ.get("CXX")
     return shutil.which(named) if named else shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
+
+
+@functools.cache
+def _digest(source: pathlib.Path, flags: tuple[str, ...]) -> str:
+    """Of all that a library depends on; every product that is traced asks for it, files are read once."""
+    sources = [path.read_bytes() for path in sorted(source.parent.glob("*.cc"))]  # one may include another
+    facts = (*sources, " ".join(flags).encode(), jax.__version__.encode(), _machine().encode())
+    return hashlib.sha256(b"\0".join(facts)).hexdigest()[:16]
 
 
 @functools.cache
