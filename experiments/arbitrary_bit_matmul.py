@@ -11,9 +11,7 @@ that are done are kept in --work and not measured again. Run it on an idle machi
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
-import pathlib
 import shlex
 import time
 from collections.abc import Callable, Sequence
@@ -26,7 +24,8 @@ from absl import app, flags
 
 from experiments.cards import Card, Row, current_commit
 from experiments.decode_speed import model_rows
-from jaxcomp.io.files import replacing
+from experiments.stages import Stages
+from jaxcomp.evaluate.intervals import median_by_order
 from pallas_kernels.arbitrary_bit_matmul import BACKENDS, api, arbitrary_bit_matmul, cpu_ffi, pack_dense, unpack_dense
 from pallas_kernels.arbitrary_bit_matmul.bench import Candidate, Options, candidate, parse_scheme, rows_of, stream_rate
 from pallas_kernels.arbitrary_bit_matmul.shapes import Shape
@@ -48,8 +47,6 @@ def speed_rows(found: Sequence[dict[str, Any]], load: float) -> list[Row]:
     rows = []
     for r in found:
         ratios = np.array(r["ratios_to_float32"])
-        reach = round(0.98 * len(ratios) ** 0.5)
-        low, high = max((len(ratios) - 1) // 2 - reach, 0), min(len(ratios) // 2 + reach, len(ratios) - 1)
         method = f"{r['scheme']}, {r['implementation']}"
         setting = (
             f"{r['shape']}, {r['rows']} row{'s' if r['rows'] > 1 else ''}, {os.cpu_count()} cores, load {load:.1f}"
@@ -57,7 +54,7 @@ def speed_rows(found: Sequence[dict[str, Any]], load: float) -> list[Row]:
         note = "" if r["scheme"] not in FIGURE else f"paper, GPU, over its W8A8 baseline: {FIGURE[r['scheme']]}x"
         exact = lambda metric, unit, value: Row(method, setting, metric, unit, value, value, value)  # noqa: B023
         rows += [
-            Row(method, setting, "speedup", "", float(np.median(ratios)), ratios[low], ratios[high], None, note),
+            Row(method, setting, "speedup", "", *median_by_order(ratios), None, note),
             exact("roofline_share", "", r["roofline_share"]),
             exact("microseconds", "us", r["microseconds"]),
             exact("bytes", "B", r["bytes"]),
@@ -169,17 +166,10 @@ def departures(rows: Sequence[Row]) -> list[str]:
     return found
 
 
-def load_or_measure(part: str, rounds: int, work: pathlib.Path) -> tuple[list[Row], float]:
-    """(rows of a part, minutes that it took), from `work` if it was measured there."""
-    path = work / f"{part}.json"
-    if not path.is_file():
-        start, rows = time.monotonic(), measure(part, rounds)
-        done = {"minutes": (time.monotonic() - start) / 60, "rows": [vars(row) for row in rows]}
-        work.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
-            temporary.write_text(json.dumps(done))
-    done = json.loads(path.read_text())
-    return [Row(**row) for row in done["rows"]], done["minutes"]
+def timed(part: str, rounds: int) -> dict[str, Any]:
+    """{minutes, rows} of a part, JSON-able."""
+    start, rows = time.monotonic(), measure(part, rounds)
+    return {"minutes": (time.monotonic() - start) / 60, "rows": [vars(row) for row in rows]}
 
 
 def define_flags() -> None:
@@ -188,6 +178,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("rounds", 21, "Rounds of the medians.", lower_bound=1)
     flags.DEFINE_string("work", "runs/arbitrary_bit_matmul", "Folder of the parts that are done.")
     flags.DEFINE_string("out", "experiments/results", "Folder of the result card.")
+    flags.DEFINE_boolean("overwrite", False, "Discard what a run with other settings left in --work.")
 
 
 def main(argv) -> None:
@@ -198,11 +189,10 @@ def main(argv) -> None:
         raise app.UsageError(f"unknown parts {sorted(unknown)}; known: {', '.join(PARTS)}")
     if jax.default_backend() == "cpu":
         cpu_ffi.build()
-    rows, minutes = [], 0.0
-    for part in f.parts:
-        found, took = load_or_measure(part, f.rounds, pathlib.Path(f.work))
-        rows, minutes = rows + found, minutes + took
-        print(f"{part}: {took:.1f} minutes", flush=True)
+    stages = Stages(f.work, {"rounds": f.rounds, "jax": jax.__version__}, overwrite=f.overwrite)
+    done = [stages.run(part, lambda part=part: timed(part, f.rounds)) for part in f.parts]
+    rows = [Row(**row) for found in done for row in found["rows"]]
+    minutes = sum(found["minutes"] for found in done)
     device = f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, jax {jax.__version__}, {', '.join(BACKENDS)}"
     parts = [] if list(f.parts) == list(PARTS) else [f"--parts={','.join(f.parts)}"]
     command = shlex.join(["python", "-m", "experiments.arbitrary_bit_matmul", *parts])

@@ -9,9 +9,8 @@ inputs, chunked attention in XLA, XLA's own and PyTorch's on CPU, and every phas
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import os
-import pathlib
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,7 +20,8 @@ import numpy as np
 from absl import app, flags
 
 from experiments.cards import Card, Row, current_commit
-from jaxcomp.io.files import replacing
+from experiments.stages import Stages
+from jaxcomp.evaluate.intervals import median_by_order
 from pallas_kernels.sparse_attention import cpu_ffi
 from pallas_kernels.sparse_attention.bench import Options, results
 from pallas_kernels.sparse_attention.shapes import SHAPES
@@ -33,13 +33,6 @@ PARTS = [f"mixed:{n}" for n in (4096, 8192, 16384)] + ["vertical:16384", "topic:
 BAR, DENSITY, LENGTH = 3.0, 0.16, 16384  # least speedup over the best dense attention in XLA
 
 
-def interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Median and the 95 % interval of a median (order statistics)."""
-    ordered, n = np.sort(values), len(values)
-    reach = round(0.98 * n**0.5)
-    return float(np.median(ordered)), ordered[max((n - 1) // 2 - reach, 0)], ordered[min(n // 2 + reach, n - 1)]
-
-
 def rows_of(found: Sequence[Mapping[str, Any]], heads: int) -> list[Row]:
     """Rows of one length and kind: milliseconds per head, speedups over each dense attention, density, error, phases."""
     seconds = {(r["method"], r["setting"]): np.array(r["seconds"]) for r in found}
@@ -49,16 +42,22 @@ def rows_of(found: Sequence[Mapping[str, Any]], heads: int) -> list[Row]:
         own = seconds[name, r["setting"]]
         if name.endswith("/phases"):
             rows.append(
-                Row(f"{name[:-7]}, up to {r['setting']}", setting, "time", "ms/head", *interval(1e3 * own / heads))
+                Row(
+                    f"{name[:-7]}, up to {r['setting']}",
+                    setting,
+                    "time",
+                    "ms/head",
+                    *median_by_order(1e3 * own / heads),
+                )
             )
             continue
         method = f"dense, {r['setting']}" if name == "dense" else f"{name}, target density {float(r['setting']):g}"
-        rows.append(Row(method, setting, "time", "ms/head", *interval(1e3 * own / heads)))
+        rows.append(Row(method, setting, "time", "ms/head", *median_by_order(1e3 * own / heads)))
         if name == "dense":
             continue
         for peer in r["speedup"]:
             note = CLAIM if peer.startswith("chunked") else ""
-            ratio = interval(seconds["dense", peer] / own)
+            ratio = median_by_order(seconds["dense", peer] / own)
             rows.append(Row(method, setting, f"speedup over {peer}", "", *ratio, None, note))
         exact = lambda metric, value: Row(method, setting, metric, "", value, value, value)  # noqa: B023
         rows += [exact("density", r["density"]), exact("mse", r["mse"])]
@@ -87,15 +86,11 @@ def departures(found: Sequence[Mapping[str, Any]]) -> list[str]:
     return texts
 
 
-def load_or_measure(kind: str, length: str, options: Options, work: pathlib.Path) -> dict[str, Any]:
-    """{minutes, rows of the benchmark}, from `work` if it was measured there."""
-    path = work / f"{kind}_{length}.json"
-    if not path.is_file():
-        start, rows = time.monotonic(), results(int(length), kind, options)
-        work.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
-            temporary.write_text(json.dumps({"minutes": (time.monotonic() - start) / 60, "rows": rows}))
-    return json.loads(path.read_text())
+def measure(part: str, options: Options) -> dict[str, Any]:
+    """{minutes, rows of the benchmark} of a part."""
+    kind, length = part.split(":")
+    start, rows = time.monotonic(), results(int(length), kind, options)
+    return {"minutes": (time.monotonic() - start) / 60, "rows": rows}
 
 
 def main(argv: Sequence[str]) -> None:
@@ -105,8 +100,8 @@ def main(argv: Sequence[str]) -> None:
     if jax.default_backend() == "cpu":
         cpu_ffi.build()
     options = Options(rounds=f.rounds, densities=tuple(map(float, f.densities)))
-    work = pathlib.Path(f.work)
-    parts = [load_or_measure(*part.split(":"), options, work) for part in f.parts]
+    stages = Stages(f.work, {"options": dataclasses.asdict(options), "jax": jax.__version__}, overwrite=f.overwrite)
+    parts = [stages.run(part, lambda part=part: measure(part, options)) for part in f.parts]
     found = [row for part in parts for row in part["rows"]]
     heads = SHAPES[options.shape].query_heads
     card = Card(
@@ -130,6 +125,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("rounds", 3, "Rounds of the medians.", lower_bound=1)
     flags.DEFINE_string("work", "runs/sparse_attention", "Folder of what is done.")
     flags.DEFINE_string("out", "experiments/results", "Folder of the result card.")
+    flags.DEFINE_boolean("overwrite", False, "Discard what a run with other settings left in --work.")
 
 
 if __name__ == "__main__":

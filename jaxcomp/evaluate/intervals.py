@@ -1,4 +1,4 @@
-"""Percentile bootstrap intervals over windows (Efron & Tibshirani, 1993, chapter 13)."""
+"""Percentile bootstrap intervals over windows (Efron & Tibshirani, 1993, chapter 13), and the interval of a median."""
 
 from typing import NamedTuple
 
@@ -46,6 +46,14 @@ def paired_difference(
     draws = _paired_draws(new, base, resamples, seed)
     samples = np.exp(_mean_nll(new, draws)) - np.exp(_mean_nll(base, draws))
     return Interval(new.ppl - base.ppl, *_ends(samples, level))
+
+
+def median_by_order(values: Float[np.ndarray, "n"]) -> Interval:
+    """Median of repeated measurements with its 95 % interval by order statistics, that of a binomial(n, 1/2)."""
+    ordered, n = np.sort(values), len(values)
+    reach = round(0.98 * n**0.5)  # 1.96 standard deviations
+    low, high = max((n - 1) // 2 - reach, 0), min(n // 2 + reach, n - 1)
+    return Interval(float(np.median(ordered)), float(ordered[low]), float(ordered[high]))
 
 
 def _draws(windows: int, resamples: int, seed: int) -> Int[np.ndarray, "resamples windows"]:

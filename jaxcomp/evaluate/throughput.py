@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxcomp.core.apply import compressed
-from jaxcomp.evaluate.intervals import Interval
+from jaxcomp.evaluate.intervals import Interval, median_by_order
 from jaxcomp.models.llama import init_cache
 
 
@@ -32,11 +32,7 @@ class Paired(NamedTuple):
 
     def speedup(self, name: str, base: str) -> Interval:
         """Median over rounds of time(base) / time(name), with a 95 % interval of the median (order statistics)."""
-        ratios = np.sort(self.seconds[base] / self.seconds[name])
-        n = len(ratios)
-        reach = round(0.98 * n**0.5)  # 1.96 standard deviations of a binomial(n, 1/2)
-        low, high = max((n - 1) // 2 - reach, 0), min(n // 2 + reach, n - 1)
-        return Interval(float(np.median(ratios)), float(ratios[low]), float(ratios[high]))
+        return median_by_order(self.seconds[base] / self.seconds[name])
 
 
 def paired(functions: Mapping[str, Callable[[], Any]], rounds: int = 9) -> Paired:
