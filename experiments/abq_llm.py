@@ -18,13 +18,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 import configs.lm
 from experiments import abq_card
 from experiments import lm as experiment
 from experiments.lm import LanguageModel, Text
 from experiments.lm_baselines import text_names
+from experiments.runs import define_card_flags
 from experiments.stages import Stages
 from jaxcomp.core.apply import compressed
 from jaxcomp.core.calibrate import Calibration
@@ -271,12 +272,7 @@ def main(argv) -> None:
 
 
 if __name__ == "__main__":
-    folder = pathlib.Path(__file__).parent / "results"
-    default = pathlib.Path(configs.lm.__file__).parent / "abq.py"
-    config_flags.DEFINE_config_file("config", str(default), "What to run.", lock_config=True)
+    define_card_flags(pathlib.Path(configs.lm.__file__).parent / "abq.py", "runs/abq_llm")
     flags.DEFINE_list("seeds", [], "Only these seeds; no card.")
     flags.DEFINE_list("settings", [], "Only these schemes; no card.")
-    flags.DEFINE_string("out", "runs/abq_llm", "Where finished runs are recorded.")
-    flags.DEFINE_string("results", str(folder), "Where the card goes.")
-    flags.DEFINE_boolean("overwrite", False, "Discard what a run with other settings left in --out.")
     app.run(main)

@@ -16,10 +16,11 @@ from typing import Any
 import jax
 import numpy as np
 from absl import app, flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 import configs.diffusion
 from experiments.cards import Card, Row, current_commit
+from experiments.runs import define_card_flags
 from experiments.stages import Stages
 from experiments.tcec import Case, Noises, build, draw, draw_noises
 from jaxcomp.core.apply import compressed
@@ -201,10 +202,7 @@ def main(argv) -> None:
 
 
 if __name__ == "__main__":
-    folder = pathlib.Path(__file__).parent / "results"
-    default = pathlib.Path(configs.diffusion.__file__).parent / "cache_quantization.py"
-    config_flags.DEFINE_config_file("config", str(default), "What to run.", lock_config=True)
-    flags.DEFINE_string("out", "runs/cache_quantization", "Where finished runs are recorded.")
-    flags.DEFINE_string("results", str(folder), "Where the card goes.")
-    flags.DEFINE_boolean("overwrite", False, "Discard what a run with other settings left in --out.")
+    define_card_flags(
+        pathlib.Path(configs.diffusion.__file__).parent / "cache_quantization.py", "runs/cache_quantization"
+    )
     app.run(main)

@@ -15,11 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 import configs.diffusion
 from experiments.ertacache_card import card
 from experiments.ertacache_methods import Bench, baselines, variants
+from experiments.runs import define_card_flags
 from experiments.stages import Stages
 from jaxcomp.data import digits as data
 from jaxcomp.data.embedded_dit import FOLDER
@@ -120,10 +121,5 @@ def main(argv) -> None:
 
 
 if __name__ == "__main__":
-    folder = pathlib.Path(__file__).parent / "results"
-    default = pathlib.Path(configs.diffusion.__file__).parent / "ertacache.py"
-    config_flags.DEFINE_config_file("config", str(default), "What to run.", lock_config=True)
-    flags.DEFINE_string("out", "runs/ertacache", "Where finished parts are recorded.")
-    flags.DEFINE_string("results", str(folder), "Where the card goes.")
-    flags.DEFINE_boolean("overwrite", False, "Discard what a run with other settings left in --out.")
+    define_card_flags(pathlib.Path(configs.diffusion.__file__).parent / "ertacache.py", "runs/ertacache")
     app.run(main)

@@ -15,12 +15,13 @@ from typing import Any
 import jax
 import numpy as np
 from absl import app, flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 import configs.lm
 from experiments import lm as experiment
 from experiments.cards import Card, Row, current_commit
 from experiments.lm import LanguageModel, Text
+from experiments.runs import define_card_flags
 from experiments.stages import Stages
 from jaxcomp.core.leaf import nbytes
 from jaxcomp.core.report import report
@@ -197,10 +198,5 @@ def main(argv) -> None:
 
 
 if __name__ == "__main__":
-    folder = pathlib.Path(__file__).parent / "results"
-    default = pathlib.Path(configs.lm.__file__).parent / "baselines.py"
-    config_flags.DEFINE_config_file("config", str(default), "What to run.", lock_config=True)
-    flags.DEFINE_string("out", "runs/lm_baselines", "Where finished runs are recorded.")
-    flags.DEFINE_string("results", str(folder), "Where the card goes.")
-    flags.DEFINE_boolean("overwrite", False, "Discard what a run with other settings left in --out.")
+    define_card_flags(pathlib.Path(configs.lm.__file__).parent / "baselines.py", "runs/lm_baselines")
     app.run(main)

@@ -17,13 +17,14 @@ from typing import Any
 import jax
 import numpy as np
 from absl import app, flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 import configs.diffusion
 from experiments import motioncache_report as pictures
 from experiments import motioncache_worlds as worlds
 from experiments.cards import Card, Row, current_commit
 from experiments.motioncache_speed import measure
+from experiments.runs import define_card_flags
 from experiments.stages import Stages
 from jaxcomp.data.embedded_video import FOLDER
 from jaxcomp.io.files import read_json, replacing, write_json
@@ -208,11 +209,6 @@ def main(argv) -> None:
 
 
 if __name__ == "__main__":
-    folder = pathlib.Path(__file__).parent / "results"
-    default = pathlib.Path(configs.diffusion.__file__).parent / "motioncache.py"
-    config_flags.DEFINE_config_file("config", str(default), "What to run.", lock_config=True)
-    flags.DEFINE_string("out", "runs/motioncache", "Where finished runs are recorded.")
-    flags.DEFINE_string("results", str(folder), "Where the card goes.")
+    define_card_flags(pathlib.Path(configs.diffusion.__file__).parent / "motioncache.py", "runs/motioncache")
     flags.DEFINE_boolean("speed", False, "Measure wall time.")
-    flags.DEFINE_boolean("overwrite", False, "Discard what a run with other settings left in --out.")
     app.run(main)

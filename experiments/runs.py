@@ -1,11 +1,36 @@
-"""What training scripts share: a folder that belongs to one run."""
+"""What scripts share: a folder that belongs to one run, the state of a training with averaged weights, the flags of a card."""
 
 import json
 import pathlib
+from typing import NamedTuple
 
-from ml_collections import ConfigDict
+import numpy as np
+import optax
+from absl import flags
+from jaxtyping import Float, Int
+from ml_collections import ConfigDict, config_flags
 
 from jaxcomp.io.files import read_json, replacing, write_json
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+
+
+class State(NamedTuple):
+    """All that a resumed run needs; batches and noise follow from `step`. `seconds` of training so far."""
+
+    params: dict
+    average: dict
+    opt_state: optax.OptState
+    step: Int[np.ndarray, ""]
+    seconds: Float[np.ndarray, ""]
+
+
+def define_card_flags(config: pathlib.Path, out: str) -> None:
+    """Flags of a script that runs a config, records what is done, and writes a card: config, out, results, overwrite."""
+    config_flags.DEFINE_config_file("config", str(config), "What to run.", lock_config=True)
+    flags.DEFINE_string("out", out, "Where finished runs are recorded.")
+    flags.DEFINE_string("results", str(RESULTS), "Where the card goes.")
+    flags.DEFINE_boolean("overwrite", False, "Discard what a run with other settings left in --out.")
 
 
 def claim(workdir: pathlib.Path, config: ConfigDict) -> None:

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 import configs.attention
 from experiments import lm as experiment
@@ -26,6 +26,7 @@ from experiments import s2o_language as language
 from experiments import s2o_operator as operator
 from experiments import s2o_pictures as pictures
 from experiments import s2o_retrieval as retrieval
+from experiments.runs import define_card_flags
 from experiments.s2o_rows import card
 from experiments.stages import Stages
 from jaxcomp.attention.heads import KINDS
@@ -152,10 +153,6 @@ def main(argv) -> None:
 
 
 if __name__ == "__main__":
-    default = pathlib.Path(configs.attention.__file__).parent / "s2o.py"
-    config_flags.DEFINE_config_file("config", str(default), "What to run.", lock_config=True)
-    flags.DEFINE_string("out", "runs/s2o", "Where finished pieces are recorded.")
+    define_card_flags(pathlib.Path(configs.attention.__file__).parent / "s2o.py", "runs/s2o")
     flags.DEFINE_list("parts", list(PARTS), "What to run, of heads, ablations, needles and language.")
-    flags.DEFINE_string("results", str(pathlib.Path(__file__).parent / "results"), "Where the card goes.")
-    flags.DEFINE_boolean("overwrite", False, "Discard what runs with other settings left in --out.")
     app.run(main)

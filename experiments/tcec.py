@@ -19,10 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
 from jaxtyping import Array, Float
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 import configs.diffusion
 from experiments.cards import Card, Row, current_commit
+from experiments.runs import define_card_flags
 from experiments.stages import Stages
 from experiments.train_dit import make_solver
 from jaxcomp.core.apply import compressed
@@ -239,10 +240,5 @@ def main(argv) -> None:
 
 
 if __name__ == "__main__":
-    folder = pathlib.Path(__file__).parent / "results"
-    default = pathlib.Path(configs.diffusion.__file__).parent / "tcec.py"
-    config_flags.DEFINE_config_file("config", str(default), "What to run.", lock_config=True)
-    flags.DEFINE_string("out", "runs/tcec", "Where finished runs are recorded.")
-    flags.DEFINE_string("results", str(folder), "Where the card goes.")
-    flags.DEFINE_boolean("overwrite", False, "Discard what a run with other settings left in --out.")
+    define_card_flags(pathlib.Path(configs.diffusion.__file__).parent / "tcec.py", "runs/tcec")
     app.run(main)

@@ -27,7 +27,7 @@ from ml_collections import ConfigDict, config_flags
 from rich.console import Console
 from tensorboardX import SummaryWriter
 
-from experiments.runs import claim
+from experiments.runs import State, claim
 from jaxcomp.core.progress import track
 from jaxcomp.data import digits as data
 from jaxcomp.io.dit import save_dit
@@ -39,16 +39,6 @@ from jaxcomp.sampling.loop import sample
 from jaxcomp.sampling.network import network
 
 OBJECTIVES = ("flow", "eps")
-
-
-class State(NamedTuple):
-    """All that a resumed run needs; batches and noise follow from `step`. `seconds` of training so far."""
-
-    params: dict
-    average: dict
-    opt_state: optax.OptState
-    step: Int[np.ndarray, ""]
-    seconds: Float[np.ndarray, ""]
 
 
 class Noisy(NamedTuple):

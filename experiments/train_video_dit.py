@@ -24,23 +24,13 @@ from absl import app, flags, logging
 from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict, config_flags
 
-from experiments.runs import claim
+from experiments.runs import State, claim
 from experiments.video import write_sheet
 from jaxcomp.core.progress import track
 from jaxcomp.data.embedded_video import save_video_dit
 from jaxcomp.data.shapes import random_scene, render
 from jaxcomp.io.files import write_json
 from jaxcomp.models.video_dit import VideoDiT, VideoDiTConfig, patchify
-
-
-class State(NamedTuple):
-    """All that a resumed run needs; `seconds` of training so far."""
-
-    params: dict
-    average: dict
-    opt_state: optax.OptState
-    step: Int[np.ndarray, ""]
-    seconds: Float[np.ndarray, ""]
 
 
 class Batch(NamedTuple):

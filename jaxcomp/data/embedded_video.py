@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
 from jaxcomp.core.leaf import leaves_with_paths
 from jaxcomp.io.files import CheckpointError, read_json, replacing, write_json
@@ -48,15 +49,4 @@ def load_video_dit(folder: pathlib.Path = FOLDER) -> tuple[VideoDiT, dict[str, A
             remedy = "use the config.json that was written beside it"
             raise CheckpointError(file.path, f"shape {expected.get(name)}", f"{found.get(name)}", remedy, name)
         arrays = {name: jnp.asarray(file.read(name, finite=True), jnp.float32) for name in expected}
-    return model, _nested(arrays)
-
-
-def _nested(flat: dict[str, Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for path, leaf in flat.items():
-        *folders, name = path.split("/")
-        node = tree
-        for key in folders:
-            node = node.setdefault(key, {})
-        node[name] = leaf
-    return tree
+    return model, unflatten_dict(arrays, sep="/")
