@@ -118,9 +118,8 @@ def main(argv) -> None:
     command = "JAXCOMP_DATA=FOLDER " + shlex.join(["python", "-m", "experiments.sr_budget", *sys.argv[1:]])
     device, minutes = f"{jax.devices()[0].device_kind}, jax {jax.__version__}", (time.monotonic() - start) / 60
     notes = (*DEPARTURES, f"Convention: {luma.convention}.")
-    card = Card(
-        "sr_budget", paper, command, current_commit(), device, minutes, seeds, rows(found, bicubic, "set5 x4"), notes
-    )
+    found_rows = rows(found, bicubic, "set5 x4")
+    card = Card(args.card, paper, command, current_commit(), device, minutes, seeds, found_rows, notes)
     card.write(args.out)
     print(card.to_markdown())
 
