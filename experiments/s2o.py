@@ -125,6 +125,12 @@ def _composition(config: ConfigDict, lm: Any, methods: Mapping[str, Any], window
     return out
 
 
+def _described(config: ConfigDict, methods: Callable[[int, int], Mapping[str, operator.Method]]) -> dict[str, Any]:
+    """What the curves of a function of the config depend on."""
+    thresholds = {name: list(tried) for name, (_, tried) in methods(config.block, config.segment).items()}
+    return {"source": experiment.source_digest(methods), "thresholds": thresholds}
+
+
 PARTS = {"heads": heads, "ablations": ablations, "needles": needles, "language": text}
 
 
@@ -133,8 +139,7 @@ def main(argv) -> None:
     del argv
     logging.set_verbosity(logging.WARNING)
     config, f = flags.FLAGS.config, flags.FLAGS
-    facts = {name: experiment.source_digest(config[name]) for name in ("methods", "ablations")}
-    facts["jax"] = jax.__version__
+    facts = {name: _described(config, config[name]) for name in ("methods", "ablations")} | {"jax": jax.__version__}
     identity = {part: config.to_dict() | facts for part in f.parts}
     try:
         if "language" in identity:

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from experiments import lm as experiment
 from experiments.lm import LanguageModel
 from experiments.s2o_operator import Method
-from jaxcomp.attention import apply_attention, calibrate, capture, dense_attention
+from jaxcomp.attention import apply_attention, capture, dense_attention, try_thresholds
 from jaxcomp.core.apply import compressed
 from jaxcomp.core.calibrate import Calibration
 from jaxcomp.core.transform import compress
@@ -90,10 +90,10 @@ def per_head(
     """A threshold per head from calibration windows: one result per target error."""
     config = lm.config
     run = scorer(lm, lambda levels: [method[0](level).attend for level in levels])
-    heads = captured(lm, calibration)
+    tried = try_thresholds(*method, *captured(lm, calibration))
     out = []
     for target in targets:
-        levels = calibrate(*method, *heads, target).threshold.reshape(config.num_layers, config.num_heads)
+        levels = tried.within(target).threshold.reshape(config.num_layers, config.num_heads)
         out.append(score(run, jnp.asarray(levels), lm.params, windows))
     return out
 

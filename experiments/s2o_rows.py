@@ -43,7 +43,7 @@ def card(config: ConfigDict, results: Mapping[str, Any], device: str, folder: pa
         minutes=seconds / 60,
         seeds=list(config.seeds),
         rows=rows,
-        departures=departures(config, rows),
+        departures=departures(config, rows) + unreached(config, results.get("heads", {})),
     )
 
 
@@ -188,6 +188,23 @@ def departures(config: ConfigDict, rows: Sequence[Row]) -> list[str]:
             lost = [f"{m} ({v:.2g})" for m, v in peers.items() if mine is not None and v < mine]
             if lost and (setting, "PBS-Attn") in table:
                 out.append(f"{setting}: {ours} ({mine:.2g}) loses to {', '.join(lost)} at density {config.density:g}.")
+    return out
+
+
+def unreached(config: ConfigDict, pieces: Mapping[str, Any]) -> list[str]:
+    """Methods without a row in a comparison of heads, and what their thresholds covered instead."""
+    out = []
+    for name in next(iter(pieces.values()))["result"] if pieces else ():
+        curves = {head: piece["result"][name] for head, piece in pieces.items()}
+        for label, of, level, column in (
+            (f"density {config.density:g}", error_at, config.density, 2),
+            (f"MSE {config.error:g}", density_at, config.error, 3),
+        ):
+            missed = [curve for curve in curves.values() if of(curve, level) is None]
+            if missed:
+                low, high = (edge(point[column] for curve in missed for point in curve) for edge in (min, max))
+                ran = f"where it ran from {low:.2g} to {high:.2g}"
+                out.append(f"{name} does not reach {label} on {len(missed)} of {len(curves)} heads, {ran}.")
     return out
 
 

@@ -1,6 +1,6 @@
 """Sparse attention for prefill: S2O and its baselines as `attention_fn`s."""
 
-from jaxcomp.attention.calibrate import Calibrated, calibrate
+from jaxcomp.attention.calibrate import Calibrated, Tried, calibrate, try_thresholds
 from jaxcomp.attention.layers import apply_attention, capture
 from jaxcomp.attention.method import SparseAttention, dense_attention, planned
 from jaxcomp.attention.plan import Plan
@@ -12,6 +12,7 @@ __all__ = [
     "Plan",
     "SparseAttention",
     "Statistics",
+    "Tried",
     "apply_attention",
     "calibrate",
     "capture",
@@ -20,5 +21,6 @@ __all__ = [
     "dense_attention",
     "planned",
     "s2o",
+    "try_thresholds",
     "visited_keys",
 ]

@@ -27,6 +27,48 @@ class Calibrated(NamedTuple):
     density: Float[np.ndarray, "H"]
 
 
+class Tried(NamedTuple):
+    """What every threshold costs and gives, on the calibration sequences.
+
+    Attributes:
+      threshold: tried ones.
+      error: relative squared error per threshold and head.
+      density: likewise.
+    """
+
+    threshold: Float[np.ndarray, "T"]
+    error: Float[np.ndarray, "T H"]
+    density: Float[np.ndarray, "T H"]
+
+    def within(self, target: float) -> Calibrated:
+        """The sparsest threshold whose error is at most `target`, per head; the most exact one where none is.
+
+        Raises:
+          ValueError: the target is not positive.
+        """
+        if not target > 0:
+            raise ValueError(f"calibration needs a positive target, found {target}")
+        usable = self.error <= target
+        best = np.where(usable.any(0), np.where(usable, self.density, np.inf).argmin(0), self.error.argmin(0))
+        pick = lambda table: np.take_along_axis(table, best[None], axis=0)[0]
+        return Calibrated(self.threshold[best], pick(self.error), pick(self.density))
+
+
+def try_thresholds(
+    method_of: Callable[[float], SparseAttention],
+    thresholds: Sequence[float],
+    query: Float[Array, "B N H d"],
+    key: Float[Array, "B N K d"],
+    value: Float[Array, "B N K d"],
+) -> Tried:
+    """Runs every threshold once; `within` then serves any number of targets. Arguments and errors as of `calibrate`."""
+    if not len(thresholds):
+        raise ValueError("calibration needs thresholds to try, found none")
+    tried = np.asarray(thresholds, np.float32)
+    run = jax.jit(lambda threshold: _errors(method_of(threshold), query, key, value))
+    return Tried(tried, *(np.stack(part) for part in zip(*(jax.device_get(run(t)) for t in tried), strict=True)))
+
+
 def calibrate(
     method_of: Callable[[float], SparseAttention],
     thresholds: Sequence[float],
@@ -48,15 +90,7 @@ def calibrate(
     Raises:
       ValueError: no threshold, or a target that is not positive.
     """
-    if not thresholds or target <= 0:
-        raise ValueError(f"calibrate needs thresholds and a positive target, found {list(thresholds)} and {target}")
-    tried = np.asarray(thresholds, np.float32)
-    run = jax.jit(lambda threshold: _errors(method_of(threshold), query, key, value))
-    errors, densities = (np.stack(part) for part in zip(*(jax.device_get(run(t)) for t in tried), strict=True))
-    usable = errors <= target
-    best = np.where(usable.any(0), np.where(usable, densities, np.inf).argmin(0), errors.argmin(0))
-    pick = lambda table: np.take_along_axis(table, best[None], axis=0)[0]
-    return Calibrated(tried[best], pick(errors), pick(densities))
+    return try_thresholds(method_of, thresholds, query, key, value).within(target)
 
 
 def _errors(method: SparseAttention, query: Array, key: Array, value: Array) -> tuple[Array, Array]:

@@ -2,7 +2,7 @@
 
 Zhang et al., 2026, arXiv 2602.22575 (ACL 2026). Its text was known to us in
 summary: ranking of the whole history by a pooled query, a guide vector that permutes queries inside a segment, a dense window,
-a stop by marginal mass. Ours: the choice of guides, `sub_means`, the rules "budget" and "prefix_cdf", the bounds.
+a stop by marginal mass. Ours: the choice of guides, `sub_means`, `runs`, the rules "budget" and "prefix_cdf", the bounds.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jaxcomp.attention.method import SparseAttention, per_list, planned
 from jaxcomp.attention.plan import Plan
@@ -37,6 +38,7 @@ def s2o(
     block_k: int = 64,
     guide: Literal["anti_sink", "mean_key", "mean_query", "none"] = "anti_sink",
     sub_means: int = 1,
+    runs: int = 1,
     cap: int | None = None,
     share_group: bool = False,
     causal: bool = True,
@@ -54,6 +56,8 @@ def s2o(
       guide: permutes the queries of a segment: away from the first four keys ("anti_sink"), along the mean key (the order then
         looks ahead, values never do) or the mean query, or not at all.
       sub_means: pooled queries per segment; with more than one a key's score is its mean probability under them.
+      runs: parts of consecutive rows that a sub-mean stays inside of; within a part sub-means follow the guide. Diagonals move
+        with the rows and ask for runs, scattered rows that need history for the guide; `sub_means` = 2 `runs` serves both.
       cap: longest list, in keys.
       share_group: one list for the query heads of a key head; `threshold` per head is then per key head.
       causal: whether queries see only what precedes them.
@@ -62,13 +66,13 @@ def s2o(
     Raises:
       ValueError: a number or name is out of range.
     """
-    _check(threshold, stop, segment, block_q, block_k, guide, sub_means, cap)
+    _check(threshold, stop, segment, block_q, block_k, guide, sub_means, runs, cap)
     pool = None if sub_means == 1 else segment // sub_means
 
     def plan(q, k, start) -> Plan:
         start = start if causal else 0
         rows = query_order(q, k, segment=segment, guide=guide)
-        shared = dict(segment=segment, start=start, pool=pool, causal=causal, rows=rows)
+        shared = dict(segment=segment, start=start, pool=pool, causal=causal, rows=_inside_runs(rows, runs))
         order = key_order(q, k, cap=cap, share_group=share_group, **shared)
         if stop != "prefix_cdf":
             return Plan(order, None, rows)
@@ -88,14 +92,24 @@ def s2o(
     return SparseAttention(core, segment, block_q, block_k, causal, guide != "mean_key", plan)
 
 
-def _check(threshold, stop, segment, block_q, block_k, guide, sub_means, cap) -> None:
+def _inside_runs(rows: Int[Array, "H M S"] | None, runs: int) -> Int[Array, "H M S"] | None:
+    """The same order of rows inside each of `runs` parts of consecutive ones."""
+    if rows is None or runs == 1:
+        return rows
+    part = rows // (rows.shape[-1] // runs)
+    return jnp.take_along_axis(rows, jnp.argsort(part, axis=-1, stable=True), axis=-1)
+
+
+def _check(threshold, stop, segment, block_q, block_k, guide, sub_means, runs, cap) -> None:
     for name, found, known in (("stop", stop, STOPS), ("guide", guide, GUIDES)):
         if found not in known:
             raise ValueError(f"{name}: expected one of {', '.join(known)}, found {found!r}")
-    if min(segment, block_q, block_k, sub_means, 1 if cap is None else cap) < 1:
+    if min(segment, block_q, block_k, sub_means, runs, 1 if cap is None else cap) < 1:
         raise ValueError(
-            f"expected sizes of at least 1, found {segment=}, {block_q=}, {block_k=}, {sub_means=}, {cap=}"
+            f"expected sizes of at least 1, found {segment=}, {block_q=}, {block_k=}, {sub_means=}, {runs=}, {cap=}"
         )
+    if sub_means % runs:
+        raise ValueError(f"runs={runs} must divide sub_means={sub_means}, each of which lies in one run")
     for name, size in (("block_q", block_q), ("sub_means", sub_means)):
         if segment % size:
             raise ValueError(f"{name}={size} must divide segment={segment}, which must hold whole tiles and sub-means")

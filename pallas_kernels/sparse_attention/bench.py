@@ -1,6 +1,6 @@
 """Times sparse attention against dense attention of the same machine, paired and interleaved, preprocessing included.
 
-    python -m pallas_kernels.sparse_attention.bench --lengths=4096,16384 --densities=0.1,0.16,0.3,1
+    python -m pallas_kernels.sparse_attention.bench [--lengths=4096,131072] [--densities=0.1,0.16,0.3,1]
 
 Every round runs all candidates once; medians over rounds are reported, of seconds per query head and of ratios within a round.
 A density is reached by bisecting the threshold, 1 is threshold 0. Phases are differences of nested programs: the guide that
@@ -24,6 +24,9 @@ from absl import app, flags
 
 from pallas_kernels.sparse_attention import api, dense, rank
 from pallas_kernels.sparse_attention.shapes import SHAPES, structured_heads
+
+LENGTHS = (4096, 8192, 16384, 32768, 65536, 131072)
+LONGEST_ON_CPU = 32768  # dense attention beyond takes minutes a round
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +108,11 @@ def threshold_for(density: float, problem: Problem, attend: Callable[..., Any], 
     return 2**high
 
 
+def default_lengths(platform: str) -> tuple[int, ...]:
+    """Tokens to measure at where none are asked for."""
+    return tuple(n for n in LENGTHS if platform != "cpu" or n <= LONGEST_ON_CPU)
+
+
 def measure(calls: dict[Any, Callable[[], Any]], options: Options) -> dict[Any, np.ndarray]:
     """Seconds of every call in every round, after one that is not timed; a round runs all of them in turn."""
     clock = time.perf_counter if options.clock == "wall" else time.process_time
@@ -151,7 +159,7 @@ def define_flags() -> None:
         text = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else str(field.default)
         define = flags.DEFINE_list if isinstance(field.default, tuple) else flags.DEFINE_string
         define(field.name, text if text else None, "See `Options`.")
-    flags.DEFINE_list("lengths", ["4096", "8192", "16384"], "Tokens N.")
+    flags.DEFINE_list("lengths", None, f"Tokens N; all of {LENGTHS} by default, those up to {LONGEST_ON_CPU} on CPU.")
     flags.DEFINE_list("kinds", ["mixed", "vertical", "topic"], "Kinds of head, one after the other.")
     flags.DEFINE_string("out", None, "JSON file; standard output otherwise.")
 
@@ -164,7 +172,7 @@ def main(argv: Sequence[str]) -> None:
     numbers = {name: int(given[name]) for name in ("segment", "block_q", "block_k", "rounds", "largest")}
     options = Options(**given | numbers | {"densities": tuple(map(float, given["densities"]))})
     rows = []
-    for n in map(int, f.lengths):
+    for n in map(int, f.lengths or default_lengths(_platform())):
         for kind in f.kinds:
             for row in results(n, kind, options):
                 rows.append(row)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from jaxcomp.attention import certificate, dense_attention, s2o, visited_keys
+from jaxcomp.attention.heads import synthetic_head
 from jaxcomp.attention.s2o import default_threshold
 from jaxcomp.models import Llama, LlamaConfig, dot_product_attention
 from jaxcomp.models.llama import init_cache
@@ -22,6 +23,7 @@ MODES = {
     "mean_query": dict(guide="mean_query"),
     "none": dict(guide="none"),
     "sub_means": dict(sub_means=4),
+    "runs": dict(sub_means=4, runs=2),
     "share_group": dict(share_group=True),
     "budget": dict(stop="budget"),
     "prefix_cdf": dict(stop="prefix_cdf"),
@@ -134,6 +136,16 @@ def test_a_threshold_for_each_head():
     assert (stats.density[:, 1::2] < 0.9).all() and stats.density.shape == (2, 4)
 
 
+def test_sub_means_of_runs_follow_a_moving_diagonal():
+    """At equal density, the guide alone scatters the rows of a sub-mean over the segment, and blurs what moves with them."""
+    q, k, v = (jnp.asarray(x)[:, None] for x in synthetic_head("slash", 1024, 0))
+    error = {}
+    for runs in (1, 4):
+        out, _ = attend(threshold=0.0, cap=128, segment=64, sub_means=4, runs=runs)(q, k, v)
+        error[runs] = float(((out - exact(q, k, v)) ** 2).mean())
+    assert 0 < error[4] < 0.8 * error[1]
+
+
 def test_a_cap_shortens_lists():
     q, k, v = qkv(256)
     _, stats = attend(threshold=0.0, cap=32)(q, k, v)
@@ -238,6 +250,7 @@ def test_default_threshold_falls_with_length():
         (dict(threshold=np.array([0.1, np.nan])), "found"),
         (dict(segment=100, block_q=64), "block_q=64 must divide segment=100"),
         (dict(sub_means=3), "sub_means=3 must divide"),
+        (dict(sub_means=4, runs=3), "runs=3 must divide sub_means=4"),
         (dict(segment=0, block_q=1), "at least 1"),
         (dict(guide="oracle"), "anti_sink, mean_key"),
         (dict(stop="cdf"), "gain, budget, prefix_cdf"),

@@ -61,6 +61,15 @@ def test_card_has_ratios_losses_and_the_paper_beside_them(tmp_path):
     assert not any("loses to PBS" in d for d in card.departures)
 
 
+def test_heads_out_of_reach_are_named(tmp_path):
+    config = get_config()
+    config.seeds = (0, 1)
+    card = rows.card(config, {"heads": pieces({"s2o": 1.0, "s2o + sub-means": 0.5, "BLASST": 2.0})}, "cpu", tmp_path)
+    text = "does not reach MSE 0.01 on 12 of 12 heads, where it ran from"
+    assert any(f"s2o {text} 0.025 to 0.2" in d for d in card.departures)
+    assert not any("does not reach density" in d for d in card.departures)
+
+
 def test_speed_comes_from_the_kernels_own_card(tmp_path):
     assert rows.speed_rows(tmp_path / "none.json") == []
     row = dict(method="s2o", setting="16K", unit="", value=3.0, low=2.9, high=3.1)

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from pallas_kernels.sparse_attention import dense, shapes
+from pallas_kernels.sparse_attention import bench, dense, shapes
 
 
 def test_command_line_writes_paired_results(tmp_path):
@@ -25,6 +25,13 @@ def test_command_line_writes_paired_results(tmp_path):
     assert {s for m, s in rows if m == "xla/phases"} == {"guide", "scores", "sort", "window", "lists"}
     assert all(r["milliseconds"] > 0 and len(r["seconds"]) == 2 for r in rows.values())
     assert rows["xla", "1"]["speedup"].keys() >= {"chunked/256", "jax.nn"}
+
+
+def test_lengths_of_a_platform():
+    assert bench.default_lengths("cpu") == (4096, 8192, 16384, 32768)
+    assert (
+        bench.default_lengths("cuda") == bench.default_lengths("tpu") == bench.LENGTHS and bench.LENGTHS[-1] == 131072
+    )
 
 
 @pytest.mark.parametrize("kind", shapes.KINDS)
