@@ -143,3 +143,26 @@ def test_the_order_of_truth_beats_the_order_of_means():
         out, stats = run(method, q, k, v)
         errors[name] = float(((out - exact) ** 2).mean()), float(stats.density[0])
     assert errors["truth"][0] * errors["truth"][1] < errors["mean"][0] * errors["mean"][1]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda t: baselines.xattention(t, stride=4, block=BLOCK),
+        lambda t: baselines.flex_prefill(t, tau=2.0, min_budget=32, block=BLOCK),
+        lambda t: baselines.anchor(4 * t, group=4, block=BLOCK),
+        lambda t: baselines.blasst(t, block=BLOCK),
+    ],
+    ids=["xattention", "flex_prefill", "anchor", "blasst"],
+)
+def test_a_threshold_for_each_head(make):
+    """Calibrated thresholds differ per head; batches repeat them."""
+    heads = [synthetic_head("mixed", LENGTH, seed) for seed in (0, 1)]
+    q, k, v = (jnp.stack([jnp.stack(x, 1)] * 2) for x in zip(*heads, strict=True))
+    levels = jnp.asarray([0.4, 0.9])
+    run = jax.jit(lambda t: make(t).attend(q, k, v))
+    (out, stats), apart = run(levels), [run(level) for level in levels]
+    for head, (alone, counted) in enumerate(apart):
+        np.testing.assert_allclose(out[:, :, head], alone[:, :, head], atol=1e-6)
+        np.testing.assert_allclose(stats.value_density[:, head], counted.value_density[:, head], rtol=1e-6)
+    assert float(jnp.abs(apart[0][0] - apart[1][0]).max()) > 1e-4

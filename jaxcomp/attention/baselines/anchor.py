@@ -7,7 +7,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from jaxcomp.attention.baselines.blocks import HIDDEN, block_means, blocked, expand
-from jaxcomp.attention.method import SparseAttention, planned
+from jaxcomp.attention.method import SparseAttention, per_list, planned
 from jaxcomp.attention.plan import from_mask
 
 
@@ -52,6 +52,6 @@ def anchors(q: Float[Array, "H N d"], k: Float[Array, "H N d"], group: int, bloc
 def stripes(q, k, anchor: Float[Array, "H M"], threshold: float, group: int, block: int) -> Bool[Array, "H g N"]:
     """Keys near the anchor of at least one block of a group."""
     logits = jnp.einsum("hxd,hnd->hxn", block_means(q, block), k.astype(jnp.float32)) * q.shape[-1] ** -0.5
-    near = logits + threshold >= anchor[..., None]
+    near = logits + per_list(threshold, len(logits))[:, None, None] >= anchor[..., None]
     near = jnp.pad(near, ((0, 0), (0, -near.shape[1] % group), (0, 0)))
     return near.reshape(near.shape[0], -1, group, near.shape[2]).any(2)

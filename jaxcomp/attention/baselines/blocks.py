@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from jaxcomp.attention.method import per_list
+
 HIDDEN = -0.7 * float(jnp.finfo(jnp.float32).max)
 
 
@@ -40,9 +42,10 @@ def pooled_attention(q: Float[Array, "H N d"], k: Float[Array, "H N d"], block: 
 
 
 def top_cdf(
-    mass: Float[Array, "*B n"], share: float | Float[Array, ""], first: Bool[Array, "*B n"] | None = None
-) -> Bool[Array, "*B n"]:
+    mass: Float[Array, "H *B n"], share: float | Float[Array, "#H"], first: Bool[Array, "H *B n"] | None = None
+) -> Bool[Array, "H *B n"]:
     """The largest entries whose predecessors sum to less than `share` of the total; `first` come before all others, and count."""
+    share = per_list(share, len(mass)).reshape(-1, *[1] * (mass.ndim - 1))
     key = mass if first is None else jnp.where(first, jnp.inf, mass)
     order = jnp.argsort(-key, axis=-1)
     ranked = jnp.take_along_axis(mass, order, axis=-1)

@@ -7,11 +7,11 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxcomp.attention.baselines.blocks import HIDDEN, blocked, expand
-from jaxcomp.attention.method import SparseAttention
+from jaxcomp.attention.method import SparseAttention, per_list
 from jaxcomp.attention.statistics import Statistics, density
 
 
-def skipping(mask_of, margin: float | Array, *, block_q: int, block_k: int) -> SparseAttention:
+def skipping(mask_of, margin: float | Float[Array, "H"], *, block_q: int, block_k: int) -> SparseAttention:
     """Visits the key blocks of `mask_of(q, k) -> bool [H, M, nk]`, skips values by the rule, and counts both.
 
     A block is skipped when every row's maximum in it lies more than `margin` (nats) below the row's running maximum.
@@ -43,6 +43,7 @@ def attend(
 ) -> tuple[Float[Array, "H N d"], Int[Array, "H M"], Int[Array, "H M"]]:
     """(output, history blocks scored, history blocks whose values were read); the own block of queries is always visited."""
     heads, length, depth = q.shape
+    margins = jnp.broadcast_to(per_list(margin, heads), (heads,))
     queries = blocked(q.astype(jnp.float32) * depth**-0.5, block_q)
     keys, values = (blocked(x.astype(jnp.float32), block_k) for x in (k, v))
 
@@ -57,7 +58,7 @@ def attend(
 
             def score(state):
                 scores = jnp.where(slot[None] <= place[:, None], query @ keys[h, y].T, HIDDEN)
-                far = (scores.max(-1) < state[0] - margin).all() & ~own
+                far = (scores.max(-1) < state[0] - margins[h]).all() & ~own
                 return lax.cond(far, lambda s: s, lambda s: _merge(s, scores, values[h, y]), state), ~far
 
             state, read = lax.cond(mask[h, x, y] | own, score, lambda s: (s, jnp.array(False)), state)
