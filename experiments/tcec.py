@@ -55,8 +55,10 @@ FORMS = {
     "TCEC paper K, in place": TcecConfig("inplace", "paper"),
     "TCEC paper K, window of 1": TcecConfig("window1", "paper"),
     "TCEC paper K, every second step": TcecConfig("window1_alt", "paper"),
-    "TCEC closed loop, one output": TcecConfig("inplace", "closed_loop"),
-    LS2: TcecConfig("ls2", "closed_loop"),
+    "TCEC closed loop, one output, per channel": TcecConfig("inplace"),
+    "TCEC ls2, per channel": TcecConfig("ls2"),
+    "TCEC closed loop, one output": TcecConfig("inplace", per="position", ridge=0.1),
+    LS2: TcecConfig("ls2", per="position", ridge=0.1),
 }
 Results = dict[str, list[dict[str, Any]]]  # setting -> one record per seed
 
@@ -138,7 +140,7 @@ def calibrated(case: Case, noises: Noises) -> dict[str, tuple[str, Any]]:
     both = (case.full, case.quantized, case.solver, *noises)
     found = {NONE: ("none", None), "PTQD": ("ptqd", ptqd.calibrate(*both)), "TAC": ("tac", tac.calibrate(*both))}
     found |= {name: ("tcec", tcec.calibrate(*both, form)) for name, form in FORMS.items()}
-    return found | {f"{LS2}, chosen gain": ("tcec", select_gain(*both).coefficients)}
+    return found | {f"{LS2}, chosen gain": ("tcec", select_gain(*both, FORMS[LS2]).coefficients)}
 
 
 def one_run(config: ConfigDict, setting: ConfigDict, seed: int) -> dict[str, Any]:

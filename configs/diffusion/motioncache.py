@@ -13,7 +13,7 @@ def get_config() -> ConfigDict:
     """Every setting of the experiment."""
     return ConfigDict(
         dict(
-            seeds=(0, 1, 2),
+            seeds=(0, 1, 2, 3),
             budgets=(0.5, 0.35, 0.25),  # largest share of the tokens that may be computed
             floors=(0.6, 0.3, 0.1),  # alpha of MotionCache with the x0 estimate
             control_floors=(0.6,),  # alpha of random, latent and oracle tokens

@@ -27,8 +27,8 @@ def get_config() -> ConfigDict:
     """Every setting of the experiment."""
     return ConfigDict(
         dict(
-            seeds=(0, 1, 2),  # of noises
-            calibration=128,
+            seeds=(1, 2, 3),  # of noises; on those of seed 0 the ridge was chosen
+            calibration=1024,  # as in the paper
             evaluation=128,
             settings={
                 "DDIM-50 W4A4": setting(),
@@ -47,6 +47,8 @@ def get_config() -> ConfigDict:
                 "4 x 4 x 4 latents of 8 x 8 digits",
                 "Group size 24 in place of 64 and rank 6 in place of 32, both scaled with the width of 48; activations have one "
                 "scale per token",
+                "A latent is a 2 x 2 square of grey pixels, of which digits fill some places and never others; ls2 therefore has "
+                "coefficients per position and channel. Those per channel, the paper's, are in rows of their own",
                 "Equations 10, 13 and 18 of the paper are known to us from its abstract and reviews only; the window of one step "
                 "is our reading of equation 18",
             ),

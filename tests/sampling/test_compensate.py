@@ -198,3 +198,14 @@ def test_bad_input_is_refused():
 
 def test_the_trajectory_is_what_sample_returns():
     np.testing.assert_allclose(trajectory(FULL, SOLVER, OTHER, None).states[-1], run(FULL), atol=1e-5)
+
+
+def test_coefficients_per_position_undo_errors_that_differ_by_place():
+    place = jnp.linspace(-0.3, 0.3, 24).reshape(2, 3, 4)
+    rng = np.random.default_rng(0)
+    output = jnp.asarray(rng.normal(size=(64, 2, 3, 4)), jnp.float32)
+    error = place[None] * output + place[None]
+    fit = lambda per: tcec.least_squares(error, (output,), 0.0, per)
+    rest = lambda per: float(jnp.abs(error - tcec.combine(*fit(per), (output,))).max())
+    assert rest("position") < 1e-5 and rest("channel") > 0.1
+    assert [fit(per)[0].shape for per in ("position", "channel", "scalar")] == [(1, 24), (1, 4), (1, 1)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -29,7 +30,7 @@ from jaxcomp.sampling.compensate.trajectory import (
 from jaxcomp.sampling.corrector import Corrector
 from jaxcomp.sampling.solvers import LinearSolver
 
-Per = Literal["channel", "scalar"]
+Per = Literal["channel", "position", "scalar"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +47,8 @@ class TcecConfig:
       ridge: of least squares, as a share of the mean of the diagonal.
       gain: factor on the whole correction, 0..1.
       clip: largest |a_i / b_i| of a closed-loop fit.
-      per: one set of coefficients per channel, or one for all channels (say of grey pixels).
+      per: one set of coefficients per channel, one per element of a latent (where errors differ by place, as they do under
+        fixed position embeddings), or a single one (say for grey pixels).
     """
 
     mode: Literal["ls2", "inplace", "window1", "window1_alt", "off"] = "ls2"
@@ -62,7 +64,7 @@ class TcecConfig:
         allowed = {
             "mode": ("ls2", "inplace", "window1", "window1_alt", "off"),
             "fit": ("closed_loop", "paper", "ptqd", "tac"),
-            "per": ("channel", "scalar"),
+            "per": ("channel", "position", "scalar"),
         }
         for name, values in allowed.items():
             if getattr(self, name) not in values:
@@ -83,6 +85,8 @@ DEFAULT = TcecConfig()
 class Tcec(NamedTuple):
     """x_{i+1} becomes x_{i+1} - (sum_j weights_ij o_{i-j} + offset_i); weights that reach before step 0 are inert.
 
+    C is the number of channels, the number of elements of a latent, or 1.
+
     Attributes:
       weights: on the W newest outputs, newest first; a and b of the paper's symbols for W = 2.
       offset: c.
@@ -98,13 +102,12 @@ def tcec(coefficients: Tcec) -> Corrector:
     Raises:
       ValueError: latents of another number of channels (when sampled).
     """
-    window, channels = coefficients.weights.shape[1:]
+    window, size = coefficients.weights.shape[1:]
 
     def init(x):
-        if channels not in (1, x.shape[-1]):
-            raise ValueError(
-                f"x: expected {channels} channels as calibrated, found {x.shape[-1]}; calibrate this model"
-            )
+        if size not in (1, x.shape[-1], x[0].size):
+            found = f"{x.shape[-1]} channels and {x[0].size} elements"
+            raise ValueError(f"x: expected {size} channels or elements, found {found}; calibrate this model")
         return empty(x, window - 1)
 
     def on_state(older, x, out, i):
@@ -116,8 +119,10 @@ def tcec(coefficients: Tcec) -> Corrector:
 
 
 def combine(weights: Float[Array, "W C"], offset: Float[Array, "C"], outputs: tuple[Array, ...]) -> Array:
-    """sum_j weights_j o_j + offset over the last axis of the outputs, float32."""
-    wide = lambda v: v.astype(jnp.float32).reshape(*[1] * (outputs[0].ndim - 1), -1)
+    """sum_j weights_j o_j + offset, float32; C runs over the last axis of the outputs, or over all but the batch."""
+    inner = outputs[0].shape[1:]
+    shape = inner if weights.shape[-1] == math.prod(inner) else (*[1] * (len(inner) - 1), -1)
+    wide = lambda v: v.astype(jnp.float32).reshape(1, *shape)
     return sum(wide(w) * o.astype(jnp.float32) for w, o in zip(weights, outputs, strict=True)) + wide(offset)
 
 
@@ -145,9 +150,9 @@ def calibrate(
       ValueError: noises that are not finite, or a stochastic solver without key.
     """
     full = trajectory(reference, solver, x, cond, key)
-    channels = 1 if config.per == "scalar" else x.shape[-1]
     if config.mode == "off":
-        return Tcec(jnp.zeros((solver.steps, 1, channels)), jnp.zeros((solver.steps, channels)))
+        size = _size(x[0], config.per)
+        return Tcec(jnp.zeros((solver.steps, 1, size)), jnp.zeros((solver.steps, size)))
     if config.fit == "closed_loop":
         return _closed_loop(quantized, solver, full, cond, config, key)
     rounded = shared_outputs(quantized, solver, full.states, cond)
@@ -202,23 +207,26 @@ def relative_fit(rounded: Array, full: Array, mean: Any, relative: float, prior:
     return up / down
 
 
+def _size(latent: Float[Array, "... C"], per: Per) -> int:
+    return {"channel": latent.shape[-1], "position": latent.size, "scalar": 1}[per]
+
+
 def _mean(v: Float[Array, "T N ... C"], per: Per) -> Float[Array, "T C"]:
-    axes = tuple(range(1, v.ndim - (per == "channel")))
-    return v.mean(axes) if per == "channel" else v.mean(axes)[:, None]
+    return v.reshape(len(v), -1, _size(v[0, 0], per)).mean(1)
 
 
 @functools.partial(jax.jit, static_argnames="config")
 @compressed
 def _closed_loop(quantized: Model, solver: LinearSolver, full: Trajectory, cond: Any, config: TcecConfig, key) -> Tcec:
     window = 1 if config.mode == "inplace" else 2
-    channels = 1 if config.per == "scalar" else full.states.shape[-1]
+    size = _size(full.states[0, 0], config.per)
     a, b = jnp.asarray(solver.a), jnp.asarray(solver.b)
 
     def on_state(before, step: Step):
-        deviation, fixed = step.free - step.target, jnp.zeros((window, channels))
+        deviation, fixed = step.free - step.target, jnp.zeros((window, size))
         if config.mode == "window1":  # the second weight follows from the step before
             fixed = fixed.at[1].set(a[step.i] * before)
-            deviation = deviation - combine(fixed, jnp.zeros(channels), step.outputs)
+            deviation = deviation - combine(fixed, jnp.zeros(size), step.outputs)
         chosen = step.outputs[:1] if config.mode == "window1" else step.outputs
         found, offset = least_squares(deviation, chosen, config.ridge, config.per)
         limit = config.clip * jnp.abs(b[step.i, 0])
@@ -227,8 +235,8 @@ def _closed_loop(quantized: Model, solver: LinearSolver, full: Trajectory, cond:
         offset = config.gain * offset
         return step.free - combine(weights, offset, step.outputs), weights[0], Tcec(weights, offset)
 
-    blank = Tcec(jnp.zeros((solver.steps, window, channels)), jnp.zeros((solver.steps, channels)))
-    options = dict(memory=jnp.zeros(channels), window=window, key=key)
+    blank = Tcec(jnp.zeros((solver.steps, window, size)), jnp.zeros((solver.steps, size)))
+    options = dict(memory=jnp.zeros(size), window=window, key=key)
     return closed_loop(quantized, solver, full, cond, blank, on_state=on_state, **options)
 
 
@@ -236,7 +244,7 @@ def least_squares(
     target: Float[Array, "N ... C"], features: tuple[Array, ...], ridge: float, per: Per
 ) -> tuple[Float[Array, "W C"], Float[Array, "C"]]:
     """(w, c) minimising |target - sum_j w_j f_j - c|^2 + ridge mean(diag G) |w|^2 per channel, G of the centred features."""
-    flat = lambda v: v.reshape(-1, 1 if per == "scalar" else v.shape[-1]).astype(jnp.float32)
+    flat = lambda v: v.reshape(-1, _size(v[0], per)).astype(jnp.float32)
     y, x = flat(target), jnp.stack([flat(f) for f in features])  # [S, C], [W, S, C]
     x_mean, y_mean = x.mean(1), y.mean(0)
     x, y = x - x_mean[:, None], y - y_mean[None]
