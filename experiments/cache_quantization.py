@@ -22,7 +22,7 @@ import configs.diffusion
 from experiments.cards import Card, Row, current_commit
 from experiments.runs import define_card_flags
 from experiments.stages import Stages
-from experiments.tcec import Case, Noises, build, draw, draw_noises
+from experiments.tcec import FORMS, LS2, Case, Noises, build, draw, draw_noises
 from jaxcomp.core.apply import compressed
 from jaxcomp.evaluate.throughput import paired
 from jaxcomp.sampling.cache.ertacache import ErtaSettings
@@ -68,7 +68,7 @@ def one_run(config: ConfigDict, precision: str, cache: str, seed: int) -> dict[s
     calibrate_on, evaluate_on = (draw_noises(seed, purpose, n) for purpose, n in purposes(config))
     model, fix = cached_model(case.quantized, case, cache, config, calibrate_on)
     exact = np.asarray(draw(case.full, case.solver, evaluate_on, "none", None))
-    fit = lambda model: tcec.calibrate(case.full, model, case.solver, *calibrate_on)
+    fit = lambda model: tcec.calibrate(case.full, model, case.solver, *calibrate_on, FORMS[LS2])
     runs = {NONE: (model, None)}
     if (precision, cache) != (FULL, NO_CACHE):
         runs[OWN] = (model, fit(model))
@@ -114,7 +114,7 @@ def run_timing(config: ConfigDict) -> dict[str, Any]:
             chosen, _ = cached_model(model, case, cache, config, calibrate_on)
             plain = f"{precision}, {cache}"
             functions[plain] = _program(chosen, case, timed)
-            correct = tcec.tcec(tcec.calibrate(case.full, chosen, case.solver, *calibrate_on))
+            correct = tcec.tcec(tcec.calibrate(case.full, chosen, case.solver, *calibrate_on, FORMS[LS2]))
             corrected = dataclasses.replace(chosen, corrector=chain(chosen.corrector, correct))
             functions[f"{plain}, ls2"] = _program(corrected, case, timed)
     result = paired(functions, rounds=config.timing_rounds)

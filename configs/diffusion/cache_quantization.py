@@ -24,7 +24,7 @@ def get_config() -> ConfigDict:
     )
     return ConfigDict(
         dict(
-            seeds=(0, 1, 2),  # of noises
+            seeds=(1, 2, 3),  # of noises; on those of seed 0 the ridge of ls2 was chosen
             calibration=128,
             evaluation=128,
             steps=STEPS,
