@@ -39,7 +39,7 @@ from jaxcomp.sampling.compensate.data import calibration
 from jaxcomp.sampling.compensate.report import error_report
 from jaxcomp.sampling.compensate.select import select_gain
 from jaxcomp.sampling.compensate.tcec import TcecConfig
-from jaxcomp.sampling.compensate.trajectory import Model
+from jaxcomp.sampling.compensate.trajectory import Model, trajectory
 from jaxcomp.sampling.corrector import Corrector, chain
 from jaxcomp.sampling.denoiser import Denoiser, guided
 from jaxcomp.sampling.loop import sample
@@ -139,8 +139,10 @@ def calibrated(case: Case, noises: Noises) -> dict[str, tuple[str, Any]]:
     """{method: (kind of corrector, coefficients)}."""
     both = (case.full, case.quantized, case.solver, *noises)
     found = {NONE: ("none", None), "PTQD": ("ptqd", ptqd.calibrate(*both)), "TAC": ("tac", tac.calibrate(*both))}
-    found |= {name: ("tcec", tcec.calibrate(*both, form)) for name, form in FORMS.items()}
-    return found | {f"{LS2}, chosen gain": ("tcec", select_gain(*both, FORMS[LS2]).coefficients)}
+    exact = (trajectory(case.full, case.solver, *noises), *both[1:])
+    found |= {name: ("tcec", tcec.calibrate(*exact, form)) for name, form in FORMS.items()}
+    chosen = select_gain(*both, FORMS[LS2], gains=(1.0,))
+    return found | {f"{LS2}, where it serves held-out noises": ("tcec", chosen.coefficients)}
 
 
 def one_run(config: ConfigDict, setting: ConfigDict, seed: int) -> dict[str, Any]:

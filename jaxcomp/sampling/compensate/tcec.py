@@ -127,7 +127,7 @@ def combine(weights: Float[Array, "W C"], offset: Float[Array, "C"], outputs: tu
 
 
 def calibrate(
-    reference: Model,
+    reference: Model | Trajectory,
     quantized: Model,
     solver: LinearSolver,
     x: Float[Array, "N ... C"],
@@ -138,7 +138,7 @@ def calibrate(
     """Coefficients from N noises and conditions, without gradients: N T evaluations of either model.
 
     Args:
-      reference: full precision.
+      reference: full precision, or its trajectory from x where several corrections are fitted to one.
       quantized: what will be sampled, with its cache if it has one.
       solver: of the runs to correct.
       x: noises; shard them over a mesh where one device cannot hold them. Fewer than 32 overfit.
@@ -149,7 +149,7 @@ def calibrate(
     Raises:
       ValueError: noises that are not finite, or a stochastic solver without key.
     """
-    full = trajectory(reference, solver, x, cond, key)
+    full = reference if isinstance(reference, Trajectory) else trajectory(reference, solver, x, cond, key)
     if config.mode == "off":
         size = _size(x[0], config.per)
         return Tcec(jnp.zeros((solver.steps, 1, size)), jnp.zeros((solver.steps, size)))
