@@ -112,14 +112,15 @@ def uncached() -> CachePolicy:
     return cached(planned(lambda steps: np.ones(steps, bool)), nothing())
 
 
-def residual() -> Store:
-    """Keeps R = h' - h, one tensor shaped as h; a skipped step returns h + R."""
+def residual(opposed: bool = False) -> Store:
+    """Keeps R = h' - h, one tensor shaped as h; a skipped step returns h + R. `opposed`: R = h' + h, and R - h."""
+    minus, plus = (jnp.add, jnp.subtract) if opposed else (jnp.subtract, jnp.add)
 
     def compute(kept, run, h, c, i):
         new = run(h, c)
-        return new, jax.tree.map(jnp.subtract, new, h)
+        return new, jax.tree.map(minus, new, h)
 
-    return Store(lambda run, h, c: h, compute, lambda kept, run, h, c, i: (jax.tree.map(jnp.add, h, kept), kept))
+    return Store(lambda run, h, c: h, compute, lambda kept, run, h, c, i: (jax.tree.map(plus, kept, h), kept))
 
 
 def output() -> Store:

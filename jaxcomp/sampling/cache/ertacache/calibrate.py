@@ -50,7 +50,7 @@ class ErtaSettings:
     Attributes:
       computed: number of computed steps; or give `threshold`.
       threshold: lambda, relative error up to which a step is reused.
-      mode: what is kept: "trunk" (residual of the trunk), "out" (output), "out_res" (output minus input, the paper's letter).
+      mode: what is kept: "trunk" (residual of the trunk), "out" (output), "out_res" (output plus input, the paper's letter).
       planner: "erta" (the paper's greedy walk) or "erta-dp" (least sum of dt E; needs `computed`).
       average: of the profile over samples.
       phi: norm under the reuse error: "v" (||v||), "dv" (||v - v of the step before||), or "off": no adjustment of time steps.

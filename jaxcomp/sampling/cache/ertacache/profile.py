@@ -19,7 +19,9 @@ MODES = ("trunk", "out", "out_res")
 
 
 def cut(denoiser: Denoiser, mode: Mode) -> Denoiser:
-    """The denoiser cut where the mode caches: "trunk" keeps the trunk's residual, "out" the output, "out_res" output minus input.
+    """The denoiser cut where the mode caches: "trunk" keeps the trunk's residual, "out" the output, "out_res" output plus input.
+
+    The paper's velocity points to the data, v = -out: its residual v - x is -(out + x).
 
     Raises:
       ValueError: an unknown mode.
@@ -31,7 +33,7 @@ def cut(denoiser: Denoiser, mode: Mode) -> Denoiser:
 
 def store(mode: Mode) -> Store:
     """What the mode keeps of a computed step, for a denoiser that was `cut`."""
-    return output() if mode == "out" else residual()
+    return output() if mode == "out" else residual(opposed=mode == "out_res")
 
 
 class Profile(NamedTuple):
@@ -64,12 +66,11 @@ def profile(
     """
     if window < 1:
         raise ValueError(f"window must be at least 1, got {window}")
-    steps, keeps_output = pipeline.solver.steps, mode == "out"
-    value = lambda h, new: new if keeps_output else new - h
+    steps, kept = pipeline.solver.steps, store(mode)
 
     def observe(memory, h, c, new, i):
         ring, table = memory
-        r = value(h, new)
+        r = kept.compute(None, lambda h, c: new, h, c, i)[1]
         per_sample = lambda v: jnp.abs(v).sum(tuple(range(-r.ndim + 1, 0)), dtype=jnp.float32)  # [..., B]
         far, size = jax.lax.map(lambda old: per_sample(old - r), ring), per_sample(r)
         sums = far.sum(1) / jnp.maximum(size.sum(), 1e-30)
