@@ -19,8 +19,13 @@ FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-march=native", "-w")
 
 def library(source: pathlib.Path, flags: tuple[str, ...] = FLAGS) -> pathlib.Path:
     """Where the library of a source belongs, whether it has been built or not."""
+    return cache_folder() / f"{source.parent.name}-{_digest(source, flags)}.so"
+
+
+def cache_folder() -> pathlib.Path:
+    """Where this user's libraries and records of measurements are kept."""
     root = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    return pathlib.Path(root) / "pallas_kernels" / f"{source.parent.name}-{_digest(source, flags)}.so"
+    return pathlib.Path(root) / "pallas_kernels"
 
 
 def build(source: pathlib.Path, flags: tuple[str, ...] = FLAGS) -> pathlib.Path:
@@ -62,12 +67,13 @@ def compiler() -> str | None:
 def _digest(source: pathlib.Path, flags: tuple[str, ...]) -> str:
     """Of all that a library depends on; every product that is traced asks for it, files are read once."""
     sources = [path.read_bytes() for path in sorted(source.parent.glob("*.cc"))]  # one may include another
-    facts = (*sources, " ".join(flags).encode(), jax.__version__.encode(), _machine().encode())
+    facts = (*sources, " ".join(flags).encode(), jax.__version__.encode(), machine().encode())
     return hashlib.sha256(b"\0".join(facts)).hexdigest()[:16]
 
 
 @functools.cache
-def _machine() -> str:
+def machine() -> str:
+    """System, architecture and instruction sets of this machine."""
     try:
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

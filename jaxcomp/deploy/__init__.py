@@ -1,5 +1,6 @@
 """Exact rewrites for the machine that a network runs on."""
 
 from jaxcomp.deploy.convolutions import cpu_convolutions
+from jaxcomp.deploy.kernel_layouts import kernel_layouts
 
-__all__ = ["cpu_convolutions"]
+__all__ = ["cpu_convolutions", "kernel_layouts"]

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jaxcomp.core import tape
 from jaxcomp.formats import grid as g
-from jaxcomp.formats import packing
+from jaxcomp.formats import storage as stores
 from jaxcomp.formats.activation import ActivationQuantizer
 from jaxcomp.formats.layout import Layout
 from jaxcomp.formats.matrix import MatrixLeaf, register_matrix_leaf
@@ -22,13 +22,14 @@ class QuantizedArray(MatrixLeaf):
     """A quantized array: value = (u - zero) * scale, u unsigned codes of `grid.bits` bits.
 
     Attributes:
-      packed: uint32 [*batch, N, ceil(K bits / 32)], see `jaxcomp.formats.packing`.
+      packed: the codes, uint32 [*batch, N, ceil(K bits / 32)] unless `storage` says otherwise.
       scale: float [*batch, N, G], or [*batch, 1, 1] per tensor; G scales along K.
       zero_point: uint8 [*batch, N, G] (or [*batch, 1, 1]); None for symmetric grids, where zero = levels // 2.
       act: how the partner in a contraction is quantized; None keeps it in floating point.
       layout: where rows N and columns K are in the logical array.
       grid: bits, levels, symmetry, group size.
       dtype_name: logical dtype.
+      storage: the layout of `packed`, see `jaxcomp.formats.storage`.
     """
 
     kind = "quantized"
@@ -39,6 +40,7 @@ class QuantizedArray(MatrixLeaf):
     layout: Layout
     grid: g.Grid
     dtype_name: str = eqx.field(static=True, default="float32")
+    storage: str = eqx.field(static=True, default=stores.DENSE)
     name: str = eqx.field(static=True, default="")
 
     @classmethod
@@ -75,17 +77,20 @@ class QuantizedArray(MatrixLeaf):
     def from_codes(cls, codes, scale, zero, grid, layout, dtype, act=None) -> QuantizedArray:
         """Packs unsigned codes uint8 [*batch, N, K] with their scales and zeros."""
         zero_point = None if grid.symmetric else jnp.asarray(zero).astype(jnp.uint8)
-        return cls(packing.pack(codes, grid.bits), scale, zero_point, act, layout, grid, jnp.dtype(dtype).name)
+        return cls(stores.pack(codes, grid), scale, zero_point, act, layout, grid, jnp.dtype(dtype).name)
 
     def __check_init__(self):
         n, k = self.layout.matrix_shape
-        want = (n, packing.packed_words(k, self.grid.bits))
-        if tuple(self.packed.shape[-2:]) != want or self.packed.dtype != jnp.uint32:
+        stores.check(self.grid, self.storage)
+        one = stores.stored(self.grid, self.storage, (n, k))
+        batch = tuple(self.packed.shape[: self.packed.ndim - one.ndim])
+        if tuple(self.packed.shape) != (*batch, *one.shape) or self.packed.dtype != one.dtype:
+            sizes = ", ".join(map(str, one.shape))
             raise ValueError(
-                f"packed: expected uint32 [..., {want[0]}, {want[1]}], found {self.packed.dtype} {self.packed.shape}"
+                f"packed: expected {one.dtype} [..., {sizes}], found {self.packed.dtype} {self.packed.shape}"
             )
         rows = 1 if self.grid.group_size == -1 else n
-        want = (*self.packed.shape[:-2], rows, self.grid.groups(k))
+        want = (*batch, rows, self.grid.groups(k))
         if tuple(self.scale.shape) != want:
             raise ValueError(f"scale: expected shape {want}, found {tuple(self.scale.shape)}")
         if (self.zero_point is None) != self.grid.symmetric:
@@ -98,11 +103,17 @@ class QuantizedArray(MatrixLeaf):
     @property
     def batch_shape(self) -> tuple[int, ...]:
         """Sizes of the leading batch axes."""
-        return tuple(self.packed.shape[:-2])
+        return tuple(self.scale.shape[:-2])
 
     def codes(self) -> jax.Array:
         """Unsigned codes, uint8 [*batch, N, K]."""
-        return packing.unpack(self.packed, self.grid.bits, self.layout.matrix_shape[1])
+        return stores.unpack(self.packed, self.grid, self.storage, self.layout.matrix_shape)
+
+    def stored_as(self, storage: str) -> QuantizedArray:
+        """The same values in another layout of the codes. Raises ValueError if it cannot hold them."""
+        if storage == self.storage:
+            return self
+        return dataclasses.replace(self, packed=stores.pack(self.codes(), self.grid, storage), storage=storage)
 
     def zero(self) -> jax.Array | int:
         """Zero point as codes: an array like `scale`, or the middle level of a symmetric grid."""
@@ -118,22 +129,23 @@ class QuantizedArray(MatrixLeaf):
 
     def slice_rows(self, start, size: int):
         """`size` entries of the first logical axis from `start` (may be traced), where that is the only row axis."""
-        if not self._is_table():
+        if not self.is_table:
             return NotImplemented
         return self._rows(lambda a: jax.lax.dynamic_slice_in_dim(a, start, size, 0), size)
 
     def take(self, ids: jax.Array):
         """Dense rows `table[ids]`, [*ids.shape, *shape[1:]], reading only those rows."""
-        if self.batch_ndim or not self._is_table():
+        if self.batch_ndim or not self.is_table:
             return NotImplemented
         tape.event(self.name, "gather", f"take_rows[w{self.grid.bits}]", self.shape)
         flat = ids.reshape(-1)
         rows = self._rows(lambda a: a[flat], flat.shape[0]).materialise()
         return rows.reshape(*ids.shape, *rows.shape[1:])
 
-    def _is_table(self) -> bool:
-        """The first logical axis is the only row axis."""
-        return len(self.layout.rows) == 1 and self.layout.perm[0] == 0
+    @property
+    def is_table(self) -> bool:
+        """Whether the first logical axis is the only row axis, and rows are stored one by one."""
+        return len(self.layout.rows) == 1 and self.layout.perm[0] == 0 and self.storage in stores.BY_ROWS
 
     def _rows(self, select: Callable, count: int) -> QuantizedArray:
         per_row = lambda a: a if a is None or self.grid.group_size == -1 else select(a)

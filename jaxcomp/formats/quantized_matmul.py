@@ -5,8 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jaxcomp.formats import packing
-from pallas_kernels.arbitrary_bit_matmul import ActivationCodes, api, arbitrary_bit_matmul, code_matmul, weight_spec
+from jaxcomp.formats import storage as stores
+from pallas_kernels.arbitrary_bit_matmul import ActivationCodes, Prepared, api, arbitrary_bit_matmul, code_matmul
 
 
 def kernel_name(leaf, rows: int | None = None) -> str:
@@ -14,7 +14,8 @@ def kernel_name(leaf, rows: int | None = None) -> str:
     group = f",g{leaf.grid.group_size}" if leaf.grid.group_size > 0 else ""
     levels = f"l{leaf.grid.levels}" if leaf.grid.levels else ""
     act = "" if leaf.act is None else f"a{leaf.act.grid.bits}"
-    bits = f"w{leaf.grid.bits}{levels}{act}{group}"
+    stored = "" if leaf.storage == stores.DENSE else f",{leaf.storage}"
+    bits = f"w{leaf.grid.bits}{levels}{act}{group}{stored}"
     name = f"{'int8' if act else 'decode'}_matmul[{bits}]"
     return name if rows is None else f"{name}@{_chosen(leaf, rows)}"
 
@@ -31,7 +32,7 @@ def matmul(x: jax.Array, leaf) -> jax.Array:
 
 
 def _decode_matmul(x: jax.Array, leaf) -> jax.Array:
-    return arbitrary_bit_matmul(x, leaf.packed, *_per_row(leaf), **_static(leaf))
+    return arbitrary_bit_matmul(x, _prepared(leaf), *_per_row(leaf), **_static(leaf))
 
 
 @jax.custom_vjp
@@ -40,7 +41,7 @@ def _integer_matmul(x: jax.Array, leaf) -> jax.Array:
     half = 2 ** (leaf.act.grid.bits - 1)
     codes = (codes.astype(jnp.int32) - half).astype(jnp.int8)
     zero = zero - half if _has_zero(leaf.act) else None
-    return code_matmul(ActivationCodes(codes, scale, zero), leaf.packed, *_per_row(leaf), **_static(leaf))
+    return code_matmul(ActivationCodes(codes, scale, zero), _prepared(leaf), *_per_row(leaf), **_static(leaf))
 
 
 def _fake_matmul(x: jax.Array, leaf) -> jax.Array:
@@ -50,6 +51,10 @@ def _fake_matmul(x: jax.Array, leaf) -> jax.Array:
 _integer_matmul.defvjp(
     lambda x, leaf: (_integer_matmul(x, leaf), (x, leaf)), lambda saved, dy: jax.vjp(_fake_matmul, *saved)[1](dy)
 )
+
+
+def _prepared(leaf) -> Prepared:
+    return Prepared(leaf.packed, leaf.storage)
 
 
 def _per_row(leaf) -> tuple[jax.Array, jax.Array | None]:
@@ -77,14 +82,13 @@ def _chosen(leaf, rows: int) -> str:
     """The implementation that the default platform takes for this many rows."""
     if (name := _implementation()) is not None:
         return name
-    n, k = leaf.layout.matrix_shape
-    abstract = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype)
-    packed = abstract((n, packing.packed_words(k, leaf.grid.bits)), jnp.uint32)
-    scale = abstract((n, leaf.scale.shape[-1]), jnp.float32)
-    spec = weight_spec(packed, scale, None, k=k, bits=leaf.grid.bits, levels=leaf.grid.levels)
-    dtype = jnp.float32
+    return api.choose(*problem(leaf, rows), api.platform_preference(), convert=False).name
+
+
+def problem(leaf, rows: int):
+    """(static facts, abstract activations, abstract weight) of a product with `rows` vectors, for `api.choose`."""
+    shape, dtype = leaf.layout.matrix_shape, jnp.float32
     if leaf.act is not None:
         dtype, rows = jnp.int8, rows + _has_zero(leaf.act)  # a row of ones for the zero point
-    x = abstract((rows, k), dtype)
-    platform = jax.default_backend().replace("gpu", "cuda")
-    return api.choose(spec, x, packed, api.preference().get(platform, ("xla",)), convert=False).name
+    packed = Prepared(stores.stored(leaf.grid, leaf.storage, shape), leaf.storage)
+    return stores.weight_spec(leaf.grid, shape), jax.ShapeDtypeStruct((rows, shape[1]), dtype), packed

@@ -83,7 +83,7 @@ def encode(leaf: QuantizedArray, form: str) -> dict[str, np.ndarray]:
     if form == INTEGER:
         tensors["weight"] = _signed(leaf.codes() + jnp.uint8(shift), bits)
     else:
-        packed = packing.pack(leaf.codes() + jnp.uint8(shift), bits) if shift else leaf.packed
+        packed = packing.pack(leaf.codes() + jnp.uint8(shift), bits) if shift else leaf.stored_as("dense").packed
         tensors |= {
             "weight_packed": packed.view(jnp.int32),
             "weight_shape": np.array(leaf.layout.matrix_shape, np.int64),

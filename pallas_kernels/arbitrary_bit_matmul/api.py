@@ -11,7 +11,17 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from pallas_kernels.arbitrary_bit_matmul import cpu_ffi, gpu_mosaic, gpu_triton, layouts, packing, reference, tpu, xla
+from pallas_kernels.arbitrary_bit_matmul import (
+    cpu_ffi,
+    gpu_mosaic,
+    gpu_triton,
+    layouts,
+    packing,
+    reference,
+    tiles,
+    tpu,
+    xla,
+)
 from pallas_kernels.arbitrary_bit_matmul.activation import ActivationCodes, quantize_activations
 from pallas_kernels.arbitrary_bit_matmul.layouts import Prepared
 from pallas_kernels.arbitrary_bit_matmul.spec import Backend, WeightSpec
@@ -112,6 +122,11 @@ def preference() -> dict[str, tuple[str, ...]]:
     return {"cpu": cpu, "tpu": ("tpu", "xla"), "cuda": ("triton", "mosaic_gpu", "xla")}
 
 
+def platform_preference() -> tuple[str, ...]:
+    """`preference` of the default platform."""
+    return preference().get(jax.default_backend().replace("gpu", "cuda"), ("xla",))
+
+
 def weight_spec(packed, scale, zero, *, k: int, bits: int, levels: int = 0) -> WeightSpec:
     """The static facts of a weight. Raises ValueError where arrays do not fit them."""
     n, groups = scale.shape
@@ -189,7 +204,9 @@ def _dispatch(x, packed, scale, spec, implementation):
 
 def _run(name, x, packed, scale, spec):
     chosen = BACKENDS[name]
-    return chosen.matmul(x, layouts.convert(_prepared(packed), chosen.layouts(spec), spec), scale, spec)
+    tile = tiles.chosen(name, spec, x, chosen.tiles(spec, x))
+    options = {} if tile is None else {"tile": tile}
+    return chosen.matmul(x, layouts.convert(_prepared(packed), chosen.layouts(spec), spec), scale, spec, **options)
 
 
 def _refusal(candidate: Backend, spec, x, packed, convert) -> str | None:

@@ -84,6 +84,12 @@ def parse_shape(text: str) -> Shape:
     return Shape(text, int(match[1]), int(match[2]))
 
 
+def spec_of(shape: Shape, scheme: Scheme) -> WeightSpec:
+    """The static facts of a weight. Raises ValueError where groups do not divide K."""
+    groups = shape.k // scheme.group_size if scheme.group_size else 1
+    return WeightSpec(shape.n, shape.k, groups, scheme.bits, scheme.levels)
+
+
 def dense(shape: Shape, x: jax.Array, dtype, working_set: int) -> Candidate:
     """x [M, K] times a dense [K, N]."""
     w = jax.random.normal(jax.random.key(0), (shape.k, shape.n), dtype)
@@ -93,7 +99,7 @@ def dense(shape: Shape, x: jax.Array, dtype, working_set: int) -> Candidate:
 
 def quantized(shape: Shape, x: jax.Array, scheme: Scheme, implementation: str, working_set: int) -> Candidate:
     """The same product with a random weight, prepared for the implementation. Raises ExceptionGroup if that refuses."""
-    spec = WeightSpec(shape.n, shape.k, shape.k // (scheme.group_size or shape.k), scheme.bits, scheme.levels)
+    spec = spec_of(shape, scheme)
     codes = np.random.default_rng(0).integers(0, scheme.levels or 2**scheme.bits, (spec.n, spec.k)).astype(np.uint8)
     packed = packing.pack_dense(jnp.asarray(codes), spec.bits)
     scale = jnp.full((spec.n, spec.groups), 0.01, jnp.float32)
@@ -146,8 +152,7 @@ def rows_of(
     x = jax.random.normal(jax.random.key(1), (m, shape.k), jnp.float32)
     size = options.working_set
     candidates = {("dense", str(jnp.dtype(t))): dense(shape, x, t, size) for t in (jnp.float32, jnp.bfloat16)}
-    platform = jax.default_backend().replace("gpu", "cuda")
-    names = options.implementations or api.preference().get(platform, ("xla",))
+    names = options.implementations or api.platform_preference()
     for scheme in schemes:
         for name in names:
             try:

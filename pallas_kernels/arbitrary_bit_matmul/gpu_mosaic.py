@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from pallas_kernels.arbitrary_bit_matmul.layouts import Prepared
-from pallas_kernels.arbitrary_bit_matmul.spec import Backend, WeightSpec
+from pallas_kernels.arbitrary_bit_matmul.spec import Backend, Tile, WeightSpec
 
 try:
     from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -24,24 +24,31 @@ except ImportError as error:  # jaxlib is built without it on some systems
 
 MIN_ROWS = 16  # below, products are bound by memory and `triton` or `xla` is the better choice
 _BLOCK_N = 128  # rows of W in a tile: two `wgmma` of 64
-_BLOCK_M = 64  # rows of x
 _BLOCK_K = 128
-_STAGES = 4
+TILES = ((64, 4), (64, 2), (64, 6), (128, 4), (128, 2))  # rows of x, and steps along K in flight
 
 
 def matmul(
-    x: jax.Array, weight: Prepared, scale: Float[Array, "n g"], spec: WeightSpec, *, staged: bool = False
+    x: jax.Array,
+    weight: Prepared,
+    scale: Float[Array, "n g"],
+    spec: WeightSpec,
+    *,
+    tile: Tile = TILES[0],
+    staged: bool = False,
 ) -> Float[Array, "m n"]:
-    """See `spec.Backend`. Weights with groups are rounded to bfloat16 after scaling, as those of a bfloat16 model are.
+    """See `spec.Backend`; the tile is (rows of x, steps in flight).
+
+    Weights with groups are rounded to bfloat16 after scaling, as those of a bfloat16 model are.
 
     With `staged`, expanded tiles pass through shared memory instead of registers, which jax's GPU interpreter can follow.
     """
     rows, columns = weight.data.shape
     m = x.shape[0]
-    x = jnp.pad(x, ((0, -m % _BLOCK_M), (0, columns - spec.k)))
+    x = jnp.pad(x, ((0, -m % tile[0]), (0, columns - spec.k)))
     grouped = spec.groups > 1
     scales = jnp.pad(scale.T, ((0, 0), (0, rows - spec.n))) if grouped else jnp.ones((1, rows), jnp.float32)
-    y = _call(x, weight.data, scales, spec.group_size if grouped else _BLOCK_K, grouped, staged)
+    y = _call(x, weight.data, scales, spec.group_size if grouped else _BLOCK_K, grouped, staged, tile)
     y = y.astype(jnp.float32).T[:m, : spec.n]
     return y if grouped else y * scale[:, 0][None]
 
@@ -68,26 +75,34 @@ def layouts(spec: WeightSpec) -> tuple[str, ...]:
     return ("nk_int4", "nk_int8") if spec.bits <= 4 else ("nk_int8",)
 
 
-BACKEND = Backend("mosaic_gpu", layouts, refuse, matmul)
+def tiles(spec: WeightSpec, x: jax.Array) -> tuple[Tile, ...]:
+    """Those with no more steps in flight than K has; none without Mosaic GPU."""
+    steps = -(-spec.k // (spec.group_size if spec.groups > 1 else _BLOCK_K))
+    return tuple(tile for tile in TILES if tile[1] <= steps or tile == TILES[0]) if plgpu is not None else ()
 
 
-def _call(x, w, scales, block_k, grouped, staged):
+BACKEND = Backend("mosaic_gpu", layouts, refuse, matmul, tiles)
+
+
+def _call(x, w, scales, block_k, grouped, staged, tile):
     """(W x^T) [N', M']: int32 for int8 x, else float32."""
-    (rows, columns), m = w.shape, x.shape[0]
+    (rows, columns), m, (block_m, stages) = w.shape, x.shape[0], tile
     out = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
-    scratch = {"y_s": plgpu.SMEM((_BLOCK_N, _BLOCK_M), out, transforms=_transforms(_BLOCK_M, 32))}
+    scratch = {"y_s": plgpu.SMEM((_BLOCK_N, block_m), out, transforms=_transforms(block_m, 32))}
     if staged:
         scratch["tile_s"] = plgpu.SMEM((_BLOCK_N, block_k), x.dtype, transforms=_transforms(block_k, _bits(x)))
     specs = [
         lambda i: plgpu.BlockSpec((_BLOCK_N, block_k), lambda k: (i, k), transforms=_transforms(block_k, _bits(w))),
         lambda i: plgpu.BlockSpec((1, _BLOCK_N), lambda k: (k if grouped else 0, i)),
-        lambda j: plgpu.BlockSpec((_BLOCK_M, block_k), lambda k: (j, k), transforms=_transforms(block_k, _bits(x))),
+        lambda j: plgpu.BlockSpec((block_m, block_k), lambda k: (j, k), transforms=_transforms(block_k, _bits(x))),
     ]
-    body = functools.partial(_body, specs=specs, steps=columns // block_k, dtype=x.dtype, grouped=grouped)
+    body = functools.partial(
+        _body, specs=specs, steps=columns // block_k, stages=stages, dtype=x.dtype, grouped=grouped
+    )
     kernel = plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct((rows, m), out),
-        grid=(rows // _BLOCK_N, m // _BLOCK_M),
+        grid=(rows // _BLOCK_N, m // block_m),
         grid_names=("n", "m"),
         scratch_types=scratch,
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
@@ -95,7 +110,7 @@ def _call(x, w, scales, block_k, grouped, staged):
     return kernel(w, scales, x)
 
 
-def _body(w_g, scales_g, x_g, y_g, *, y_s, tile_s=None, specs, steps, dtype, grouped):
+def _body(w_g, scales_g, x_g, y_g, *, y_s, tile_s=None, specs, steps, stages, dtype, grouped):
     n, m = lax.axis_index("n"), lax.axis_index("m")
 
     def product(total):
@@ -112,12 +127,12 @@ def _body(w_g, scales_g, x_g, y_g, *, y_s, tile_s=None, specs, steps, dtype, gro
             plgpu.wgmma_wait(0)
 
         in_specs = [make(i) for make, i in zip(specs, (n, n, m), strict=True)]
-        plgpu.emit_pipeline(step, grid=(steps,), in_specs=in_specs, max_concurrent_steps=_STAGES)(w_g, scales_g, x_g)
+        plgpu.emit_pipeline(step, grid=(steps,), in_specs=in_specs, max_concurrent_steps=stages)(w_g, scales_g, x_g)
         return total[...]
 
     y_s[...] = pl.run_scoped(product, plgpu.ACC(y_s.shape, y_s.dtype))
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(y_s, y_g.at[pl.ds(n * _BLOCK_N, _BLOCK_N), pl.ds(m * _BLOCK_M, _BLOCK_M)])
+    plgpu.copy_smem_to_gmem(y_s, y_g.at[pl.ds(n * _BLOCK_N, _BLOCK_N), pl.ds(m * y_s.shape[1], y_s.shape[1])])
     plgpu.wait_smem_to_gmem(0)
 
 

@@ -12,17 +12,20 @@ from jaxtyping import Array, Float
 from pallas_kernels.arbitrary_bit_matmul import bmma
 from pallas_kernels.arbitrary_bit_matmul.activation import join_digits, split_digits
 from pallas_kernels.arbitrary_bit_matmul.layouts import Prepared
-from pallas_kernels.arbitrary_bit_matmul.spec import Backend, WeightSpec
+from pallas_kernels.arbitrary_bit_matmul.spec import Backend, Tile, WeightSpec
 
+STAGES = ((3,), (1,), (2,), (4,))  # of the software pipeline along K
 MAX_ROWS = 8  # every row reads the weight, through the cache where it fits
 
 
-def matmul(x: jax.Array, weight: Prepared, scale: Float[Array, "n g"], spec: WeightSpec) -> Float[Array, "m n"]:
-    """See `spec.Backend`; floating-point rows enter as three int8 digits each."""
+def matmul(
+    x: jax.Array, weight: Prepared, scale: Float[Array, "n g"], spec: WeightSpec, tile: Tile = STAGES[0]
+) -> Float[Array, "m n"]:
+    """See `spec.Backend`; floating-point rows enter as three int8 digits each. The tile is (stages of the pipeline,)."""
     if x.dtype == jnp.int8:
-        return _call(x, weight.data, scale, spec)
+        return _call(x, weight.data, scale, spec, *tile)
     digits, scales = split_digits(x.astype(jnp.float32))
-    y = _call(digits.reshape(-1, spec.k), weight.data, scale, spec)
+    y = _call(digits.reshape(-1, spec.k), weight.data, scale, spec, *tile)
     return join_digits(y.reshape(*digits.shape[:2], -1), scales)
 
 
@@ -39,7 +42,7 @@ def refuse(spec: WeightSpec, x: jax.Array) -> str | None:
     return _import_error()
 
 
-BACKEND = Backend("triton", lambda spec: ("bmma",), refuse, matmul)
+BACKEND = Backend("triton", lambda spec: ("bmma",), refuse, matmul, lambda spec, x: STAGES)
 
 
 def arguments(x, weight, scale, spec: WeightSpec) -> tuple[tuple[jax.Array, ...], dict[str, int]]:
@@ -54,7 +57,7 @@ def arguments(x, weight, scale, spec: WeightSpec) -> tuple[tuple[jax.Array, ...]
     return (weight, fragments, sums, scale), constants | {"PARTS": -(-columns * halves // spec.groups)}
 
 
-def _call(x, weight, scale, spec):
+def _call(x, weight, scale, spec, stages):
     import jax_triton
 
     from pallas_kernels.arbitrary_bit_matmul.triton_kernels import bmma_gemv
@@ -63,9 +66,8 @@ def _call(x, weight, scale, spec):
     m, n = x.shape[0], constants["N"]
     out = jax.ShapeDtypeStruct((m, n), jnp.float32)
     grid = (n // bmma.TILE_ROWS, m)
-    return jax_triton.triton_call(*arrays, kernel=bmma_gemv, out_shape=out, grid=grid, num_warps=1, **constants)[
-        :, : spec.n
-    ]
+    launch = dict(kernel=bmma_gemv, out_shape=out, grid=grid, num_warps=1, num_stages=stages)
+    return jax_triton.triton_call(*arrays, **launch, **constants)[:, : spec.n]
 
 
 def _import_error() -> str | None:

@@ -50,6 +50,9 @@ class WeightSpec:
         return self.k // self.groups
 
 
+Tile = tuple[int, ...]  # sizes by which a kernel cuts a problem; what each means is the kernel's own
+
+
 class Backend(NamedTuple):
     """One implementation of the core product.
 
@@ -58,10 +61,13 @@ class Backend(NamedTuple):
       layouts: names of the weight layouts that it reads, from the spec; the first is what `prepare` makes.
       refuse: (spec, x) -> why it does not cover this problem, or None. Shapes and dtypes only.
       matmul: (x, weight, scale, spec) -> float32 [M, N] = sum_g scale[n,g] sum_(k in g) x[m,k] (u[n,k] - centre), for x int8
-        (exact inside a group) or floating point [M, K], scale float32 [N, G] and weight `Prepared` in one of its layouts.
+        (exact inside a group) or floating point [M, K], scale float32 [N, G] and weight `Prepared` in one of its layouts;
+        with `tile=` where there are tiles to choose.
+      tiles: (spec, x) -> tiles that a search may try, the default first.
     """
 
     name: str
     layouts: Callable[[WeightSpec], tuple[str, ...]]
     refuse: Callable[[WeightSpec, jax.Array], str | None]
     matmul: Callable[..., jax.Array]
+    tiles: Callable[[WeightSpec, jax.Array], tuple[Tile, ...]] = lambda spec, x: ()

@@ -17,19 +17,25 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from pallas_kernels.arbitrary_bit_matmul.layouts import Prepared, tpu_block
-from pallas_kernels.arbitrary_bit_matmul.spec import Backend, WeightSpec
+from pallas_kernels.arbitrary_bit_matmul.spec import Backend, Tile, WeightSpec
 
-_ROWS = 128  # of x in a block, at most
 _LANES = 128
+TILES = ((128, 256), (128, 128), (128, 512), (64, 256), (256, 256), (256, 512))  # rows of x, at most, and rows of W
 
 
 def matmul(
-    x: jax.Array, weight: Prepared, scale: Float[Array, "n g"], spec: WeightSpec, *, interpret=False
+    x: jax.Array,
+    weight: Prepared,
+    scale: Float[Array, "n g"],
+    spec: WeightSpec,
+    *,
+    tile: Tile = TILES[0],
+    interpret=False,
 ) -> Float[Array, "m n"]:
-    """See `spec.Backend`; `interpret` is that of `pl.pallas_call`."""
+    """See `spec.Backend`; the tile is (rows of x, rows of W), `interpret` is that of `pl.pallas_call`."""
     m, (columns, rows) = x.shape[0], _padded(weight)
-    block_k, block_n = tpu_block(spec), 2 * _LANES if rows % (2 * _LANES) == 0 else _LANES
-    block_m = min(_ROWS, -(-m // 32) * 32)
+    block_k, block_n = tpu_block(spec), tile[1] if rows % tile[1] == 0 else _LANES
+    block_m = min(tile[0], -(-m // 32) * 32)
     x = jnp.pad(x, ((0, -m % block_m), (0, columns - spec.k)))
     scale, parts = _block_scales(scale, spec, rows, columns)
     steps = columns // block_k
@@ -74,7 +80,13 @@ def layouts(spec: WeightSpec) -> tuple[str, ...]:
     return ("kn_int4", "kn_int8") if spec.bits == 4 else ("kn_int8",)
 
 
-BACKEND = Backend("tpu", layouts, refuse, matmul)
+def tiles(spec: WeightSpec, x: jax.Array) -> tuple[Tile, ...]:
+    """Those that cut rows of W evenly, one per block of x where x is small."""
+    rows = -(-spec.n // _LANES) * _LANES
+    return tuple(t for t in TILES if rows % t[1] == 0 and (t[0] == TILES[0][0] or x.shape[0] > min(t[0], TILES[0][0])))
+
+
+BACKEND = Backend("tpu", layouts, refuse, matmul, tiles)
 
 
 def _body(x_ref, w_ref, s_ref, o_ref, total, *, expand, centre, parts):

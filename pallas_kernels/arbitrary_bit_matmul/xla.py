@@ -16,31 +16,44 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int8, UInt32
 
-from pallas_kernels.arbitrary_bit_matmul import packing
+from pallas_kernels.arbitrary_bit_matmul import layouts, packing
 from pallas_kernels.arbitrary_bit_matmul.activation import join_digits, split_digits
 from pallas_kernels.arbitrary_bit_matmul.layouts import Prepared
-from pallas_kernels.arbitrary_bit_matmul.spec import Backend, WeightSpec
+from pallas_kernels.arbitrary_bit_matmul.spec import Backend, Tile, WeightSpec
 
-BLOCK_BYTES = 1 << 18  # expanded weights of a block, which has to stay in the second-level cache
+BLOCKS = tuple((1 << power,) for power in (18, 16, 17, 19, 20))  # bytes of expanded weights that have to stay in cache
 SMALL_BYTES = 1 << 13  # expanded weights that are not worth a loop
 DIGIT_ROWS = 4  # up to this many floating-point rows, digits beat float32 weights
 LANE_CODES = 64  # a lane of a group has to be this long for the same
 
 
-def matmul(x: jax.Array, weight: Prepared, scale: Float[Array, "n g"], spec: WeightSpec) -> Float[Array, "m n"]:
-    """See `spec.Backend`."""
-    if not _aligned(spec):
-        return _batched(x, weight.data, scale, spec)
+def matmul(
+    x: jax.Array, weight: Prepared, scale: Float[Array, "n g"], spec: WeightSpec, tile: Tile = BLOCKS[0]
+) -> Float[Array, "m n"]:
+    """See `spec.Backend`; the tile is (bytes of a block of expanded rows,), on CPU."""
+    if weight.layout != "dense" or not _aligned(spec):
+        return _from_codes(x, weight, scale, spec, *tile)
     if x.dtype == jnp.int8:
         cpu, other = _integer, _integer_groups if spec.groups > 1 else _integer_rows
     else:
         few = x.shape[0] <= DIGIT_ROWS and (spec.groups == 1 or spec.group_size // _lanes(spec.bits) >= LANE_CODES)
         cpu, other = _digits if few else _floating, _floating_rows
-    bind = lambda f: lambda *args: f(*args, spec)
-    return lax.platform_dependent(x, weight.data, scale, cpu=bind(cpu), default=bind(other))
+    return lax.platform_dependent(
+        x,
+        weight.data,
+        scale,
+        cpu=lambda *args: cpu(*args, spec, *tile),
+        default=lambda *args: other(*args, spec),
+    )
 
 
-BACKEND = Backend("xla", lambda spec: ("dense",), lambda spec, x: None, matmul)
+def tiles(spec: WeightSpec, x: jax.Array) -> tuple[Tile, ...]:
+    """Sizes of a block of rows; integer products with groups go group by group instead."""
+    by_groups = x.dtype == jnp.int8 and spec.groups > 1 and _aligned(spec)
+    return () if by_groups or jax.default_backend() != "cpu" else BLOCKS
+
+
+BACKEND = Backend("xla", lambda spec: tuple(layouts.LAYOUTS), lambda spec, x: None, matmul, tiles)
 
 
 class _Rows(NamedTuple):
@@ -55,13 +68,13 @@ class _Rows(NamedTuple):
     rest: jax.Array
 
 
-def _integer(x, words, scale, spec):
+def _integer(x, words, scale, spec, block):
     """Exact int8 product: row blocks with one scale per row, a scan over groups otherwise."""
     m, x = x.shape[0], _two_rows(x)
     if spec.groups > 1:
         return _group_scan(_permute(x, spec), words, scale, spec)[:m]
     rows = functools.partial(_lane_product, jax.tree.map(lambda a: a[:, 0], _permute(x, spec)))
-    return _by_row_blocks(lambda w, s: rows(w, s[:, 0], spec), (words, scale), spec, itemsize=1)[:m]
+    return _by_row_blocks(lambda w, s: rows(w, s[:, 0], spec), (words, scale), spec, 1, block)[:m]
 
 
 def _integer_rows(x, words, scale, spec):
@@ -87,16 +100,16 @@ def _lane_product(x: _Rows, words: jax.Array, scale: Float[Array, "n"], spec: We
     return (product - x.rest[:, None]).astype(jnp.float32) * scale[None]
 
 
-def _digits(x, words, scale, spec):
+def _digits(x, words, scale, spec, block):
     """Floating-point rows through the integer product of their digits: exact but for 2^-24 of a row's maximum."""
     digits, scales = split_digits(x.astype(jnp.float32))
-    y = _integer(digits.reshape(-1, x.shape[1]), words, scale, spec)
+    y = _integer(digits.reshape(-1, x.shape[1]), words, scale, spec, block)
     return join_digits(y.reshape(*digits.shape[:2], -1), scales)
 
 
-def _floating(x, words, scale, spec):
+def _floating(x, words, scale, spec, block):
     m, x = x.shape[0], _permute(_two_rows(x.astype(jnp.float32)), spec)
-    return _by_row_blocks(lambda w, s: _value_product(x, w, s, spec), (words, scale), spec, itemsize=4)[:m]
+    return _by_row_blocks(lambda w, s: _value_product(x, w, s, spec), (words, scale), spec, 4, block)[:m]
 
 
 def _floating_rows(x, words, scale, spec):
@@ -120,17 +133,27 @@ def _integer_groups(x, words, scale, spec):
     return ((product - x.rest.T[..., None]).astype(jnp.float32) * scale.T[:, None]).sum(0)
 
 
-def _batched(x, words, scale, spec):
-    """Groups that begin inside words: one product per group of codes, exact for integers; the codes are expanded whole."""
-    codes = packing.unpack_dense(words, spec.bits, spec.k).astype(jnp.int32) - spec.centre
+def _from_codes(x, weight, scale, spec, block):
+    """Any layout, and groups that begin inside words: one product per group of codes, exact for integers.
+
+    Rows that are stored one by one are expanded in blocks, the layouts of other kernels whole.
+    """
+    m, x = x.shape[0], _two_rows(x)
     grouped = lambda a: a.reshape(a.shape[0], spec.groups, -1)
     dtype = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
-    product = _group_dot(grouped(x), grouped(codes.astype(x.dtype)), dtype)
-    return (product.astype(jnp.float32) * scale.T[:, None]).sum(0)
+
+    def product(stored, scale):
+        codes = layouts.unpack(Prepared(stored, weight.layout), spec).astype(jnp.int32) - spec.centre
+        each = _group_dot(grouped(x), grouped(codes.astype(x.dtype)), dtype)
+        return (each.astype(jnp.float32) * scale.T[:, None]).sum(0)
+
+    if weight.layout not in ("dense", "base5"):
+        return product(weight.data, scale)[:m]
+    return _by_row_blocks(product, (weight.data, scale), spec, x.dtype.itemsize, block)[:m]
 
 
-def _by_row_blocks(product, operands, spec, itemsize):
-    """product(*operands) [M, N], a block of rows of the operands after the other, all at once only if they are tiny.
+def _by_row_blocks(product, operands, spec, itemsize, block):
+    """product(*operands) [M, N], blocks of rows that expand to `block` bytes one after the other, all at once only if tiny.
 
     The loop also keeps the expansion of a layer behind that layer's input; without one XLA's scheduler on CPU expands the
     weights of all layers up front.
@@ -138,7 +161,7 @@ def _by_row_blocks(product, operands, spec, itemsize):
     n, size = spec.n, spec.k * itemsize
     if n * size <= SMALL_BYTES:
         return product(*operands)
-    rows = min(max(16, BLOCK_BYTES // size // 16 * 16), -(-n // 2))
+    rows = min(max(16, block // size // 16 * 16), -(-n // 2))
     whole = n // rows * rows
     blocks = lax.map(lambda b: product(*b), [a[:whole].reshape(n // rows, rows, -1) for a in operands])
     y = blocks.transpose(1, 0, 2).reshape(-1, whole)
