@@ -73,8 +73,10 @@ def one_method(
     scores: dict[tuple[str, float], worlds.Score] = {}
     start = time.monotonic()
     for reuse in config.reuses[part]:
-        for threshold in worlds.thresholds(method, config.threshold_range, count, found.table):
-            scores[reuse, float(threshold)] = worlds.score(world, found, method, reuse, float(threshold))
+        for threshold in worlds.thresholds(method, config.threshold_range, count, found.table)[::-1].tolist():
+            scores[reuse, threshold] = worlds.score(world, found, method, reuse, threshold)
+            if scores[reuse, threshold].share > max(config.budgets):
+                break  # smaller ones compute more
     records = []
     for budget in config.budgets:
         best = worlds.best(list(scores.values()), budget)

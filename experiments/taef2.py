@@ -87,6 +87,6 @@ def main(argv) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("data_dir", os.environ.get("JAXCOMP_DATA"), "Folder that holds vae and sr.", required=True)
+    flags.DEFINE_string("data_dir", os.environ.get("JAXCOMP_DATA", "."), "Folder that holds vae and sr.")
     flags.DEFINE_string("out", str(pathlib.Path(__file__).parent / "results"), "Where the card goes.")
     app.run(main)
