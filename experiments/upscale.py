@@ -14,7 +14,7 @@ import io
 import pathlib
 import time
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -24,12 +24,15 @@ from jaxtyping import UInt, UInt8
 
 from experiments import sr
 from jaxcomp.core.tiling import spans, tiled
+from jaxcomp.core.transform import compress
 from jaxcomp.data.bicubic import imresize
 from jaxcomp.data.images import MAX_PIXELS, ImageError, Picture, check_png, read_image, read_rgb, write_image
+from jaxcomp.deploy import cpu_convolutions
 from jaxcomp.evaluate.restoration import psnr, restorer, ssim
 from jaxcomp.io.files import replacing
 from jaxcomp.io.super_resolution import PUBLISHED, SMALL, load_super_resolver
 from jaxcomp.models.sr_blocks import SuperResolver
+from pallas_kernels.convolution import build
 
 _SMALL = "rlfn_small_x4"
 _SAMPLE, _SAMPLE_SIZE = "astronaut", 384
@@ -67,6 +70,7 @@ def upscale(job: Job) -> dict[str, str]:
     model, params = load_super_resolver(job.model, job.weights)
     reference = None if job.reference is None else read_reference(job.reference, picture, model.scale)
     start = time.perf_counter()
+    params, form = for_this_machine(params)
     large = enlarge(picture, model, params, job.tile, job.overlap)
     seconds = time.perf_counter() - start
     shown = {"bicubic": bicubic(to_8_bits(picture.rgb), model.scale), job.model: to_8_bits(large.rgb)}
@@ -76,6 +80,7 @@ def upscale(job: Job) -> dict[str, str]:
         "result": f"{job.out.name}, {describe(large)}",
         "tiles": tiling_note(model, picture.rgb.shape, job),
         "time": f"{seconds:.1f} s with compilation, {jax.devices()[0].device_kind}",
+        "convolution": form,
     }
     if reference is not None:
         facts |= compare(shown, reference, model.scale)
@@ -84,6 +89,18 @@ def upscale(job: Job) -> dict[str, str]:
     with replacing(job.out.with_suffix(".html")) as temporary:
         temporary.write_text(page(facts, shown), encoding="utf-8")
     return facts
+
+
+def for_this_machine(params: Any) -> tuple[Any, str]:
+    """The weights in the form that runs fastest here, and that form in words; builds the C++ kernel if it can."""
+    if jax.default_backend() != "cpu":
+        return params, "XLA"
+    try:
+        build()
+        native, words = True, "C++, with what surrounds it"
+    except RuntimeError as error:
+        native, words = False, f"XLA, channels filled to whole vectors ({str(error).splitlines()[0]})"
+    return compress(cpu_convolutions(native), params)[0], words
 
 
 def sample(folder: pathlib.Path, scale: int) -> tuple[pathlib.Path, pathlib.Path]:

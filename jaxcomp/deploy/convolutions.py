@@ -18,8 +18,8 @@ def cpu_convolutions(native: bool | None = None) -> Transform:
     as they are. Comes last in a chain: no other transform touches its leaves.
 
     Args:
-      native: whether dense convolutions run as C++ calls, which have no gradients; None if `pallas_kernels.convolution` has
-        been built. Other machines than CPUs run the library's convolution.
+      native: whether dense convolutions run as C++ calls; None if `pallas_kernels.convolution` has been built. Their
+        gradients, and machines other than CPUs, run the library's convolution. See `fuse_convolutions` for what surrounds them.
     """
 
     def update(params: Any, stats: Any) -> Any:

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, UInt, UInt8
 from jaxcomp.core.apply import compressed
 from jaxcomp.core.progress import track
 from jaxcomp.core.tiling import tiled
+from jaxcomp.deploy import fuse_convolutions
 from jaxcomp.models.sr_blocks import SuperResolver
 
 Channel = Literal["y", "rgb"]
@@ -143,7 +144,7 @@ def restoration(
 def restorer(
     model: SuperResolver, params: Any, *, tile: int | None = None, overlap: int = 32
 ) -> Callable[[UInt[np.ndarray, "H W 3"]], UInt[np.ndarray, "s*H s*W 3"]]:
-    """The network as a function of uint8 or uint16 images; `params` may hold compressed leaves.
+    """The network as a function of uint8 or uint16 images; `params` may hold compressed leaves; C++ convolutions are fused.
 
     Images below the network's smallest size are filled by their edge pixels. `tile`: see `core.tiling.tiled`; without
     it the image is passed whole, and every image size is compiled.
@@ -153,7 +154,7 @@ def restorer(
     def run(params, image: UInt[Array, "1 H W 3"]) -> UInt[Array, "1 s*H s*W 3"]:
         levels = jnp.iinfo(image.dtype).max
         x = image.astype(jnp.float32) * (model.data_range / levels)
-        y = compressed(model.apply)({"params": params}, x) * (levels / model.data_range)
+        y = fuse_convolutions(compressed(model.apply))({"params": params}, x) * (levels / model.data_range)
         return jnp.round(jnp.clip(y, 0, levels)).astype(image.dtype)
 
     def restore(image: np.ndarray) -> np.ndarray:

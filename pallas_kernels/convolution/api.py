@@ -1,4 +1,4 @@
-"""The public function, and what it may run on.
+"""The public functions, and what they may run on.
 
     python -c "from pallas_kernels.convolution import build; print(build())"
 
@@ -10,17 +10,22 @@ from __future__ import annotations
 
 import functools
 import pathlib
+from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
 from pallas_kernels import native
+from pallas_kernels.convolution.epilogue import ACTIVATIONS, JOINS, Epilogue, View
 
 SOURCE = pathlib.Path(__file__).with_name("cpu_ffi.cc")
 BACKENDS = ("cpu_ffi", "xla")
 _FLAGS = native.FLAGS
 _TARGET = "pallas_kernels_convolution"
+_IDENTITY = Epilogue()
 
 
 def is_built() -> bool:
@@ -41,29 +46,83 @@ def convolution(
     Args:
       x: float32 or bfloat16.
       kernel: of the same dtype, h and w odd.
-      implementation: one of `BACKENDS`; None takes the C++ kernel on CPU if it has been built, else XLA. Only XLA has
-        gradients.
+      implementation: one of `BACKENDS`; None takes the C++ kernel on CPU if it has been built, else XLA. Gradients are
+        XLA's.
 
     Raises:
       ValueError: shapes, dtypes or the implementation are wrong.
       RuntimeError: "cpu_ffi" is asked for and cannot be built.
     """
-    _check(x, kernel)
+    _check([x], kernel)
     if implementation not in (None, *BACKENDS):
         raise ValueError(f"implementation {implementation!r} is unknown; expected one of {BACKENDS} or None")
     if implementation == "xla" or (implementation is None and not is_built()):
         return _xla(x, kernel)
-    return lax.platform_dependent(x, kernel, cpu=_cpu_ffi, default=_xla)
+    return lax.platform_dependent(x, kernel, cpu=_plain, default=_xla)
+
+
+def fused_convolution(
+    views: Sequence[View],
+    kernel: Float[Array, "h w I O"],
+    bias: Float[Array, "O"] | None = None,
+    other: Float[Array, "N H W O"] | None = None,
+    epilogue: Epilogue = _IDENTITY,
+) -> Float[Array, "N H W O"]:
+    """`epilogue(convolution(the views side by side, kernel), bias, other)`: on CPU one C++ call that rounds once, else XLA.
+
+    Args:
+      views: maps of one dtype, float32 or bfloat16, and one size; I channels in all, of each but the last an even number.
+      kernel: of the same dtype, h and w odd.
+      bias: None is zero.
+      other: the map that the epilogue joins; None exactly if it joins none.
+
+    Raises:
+      ValueError: shapes or dtypes are wrong.
+      RuntimeError: the kernel cannot be built.
+    """
+    _check([jax.eval_shape(lambda v=view: v.map[..., v.start : v.stop]) for view in views], kernel)
+    _check_views(views)
+    bias = jnp.zeros(kernel.shape[3:], kernel.dtype) if bias is None else bias
+    _check_epilogue(epilogue, bias, other, (*views[0].map.shape[:3], kernel.shape[3]), kernel.dtype)
+    maps = [*(view.map for view in views), *([] if other is None else [other])]
+    options = dict(spans=tuple((view.start, view.stop) for view in views), epilogue=epilogue)
+    library = functools.partial(_definition, **options, sums=kernel.dtype)
+    return lax.platform_dependent(kernel, bias, *maps, cpu=functools.partial(_cpu_ffi, **options), default=library)
 
 
 def _xla(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
-def _cpu_ffi(x: jax.Array, kernel: jax.Array) -> jax.Array:
+def _definition(kernel, bias, *maps, spans, epilogue, sums=jnp.float32) -> jax.Array:
+    x = jnp.concatenate([map[..., start:stop] for map, (start, stop) in zip(maps, spans, strict=False)], axis=-1)
+    return epilogue(_xla(x.astype(sums), kernel.astype(sums)), bias, maps[-1]).astype(kernel.dtype)
+
+
+def _plain(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return _cpu_ffi(kernel, jnp.zeros(kernel.shape[3:], kernel.dtype), x, spans=((0, x.shape[3]),), epilogue=_IDENTITY)
+
+
+def _cpu_ffi(kernel, bias, *maps, spans, epilogue) -> jax.Array:
+    call = jax.custom_jvp(functools.partial(_call, spans=spans, epilogue=epilogue))
+    definition = functools.partial(_definition, spans=spans, epilogue=epilogue)
+    call.defjvp(lambda primals, tangents: jax.jvp(definition, primals, tangents))
+    return call(kernel, bias, *maps)
+
+
+def _call(kernel, bias, *maps, spans, epilogue) -> jax.Array:
     _register()
-    out = jax.ShapeDtypeStruct((*x.shape[:3], kernel.shape[3]), x.dtype)
-    return jax.ffi.ffi_call(_TARGET, out, vmap_method="sequential")(x, kernel)
+    out = jax.ShapeDtypeStruct((*maps[0].shape[:3], kernel.shape[3]), kernel.dtype)
+    return jax.ffi.ffi_call(_TARGET, out, vmap_method="sequential")(
+        kernel,
+        bias,
+        *maps,
+        starts=np.array([start for start, _ in spans], np.int64),
+        widths=np.array([stop - start for start, stop in spans], np.int64),
+        activation=np.int32(ACTIVATIONS.index(epilogue.activation)),
+        join=np.int32(JOINS.index(epilogue.join)),
+        slope=np.float32(epilogue.slope),
+    )
 
 
 @functools.cache
@@ -71,14 +130,28 @@ def _register() -> None:
     native.register(_TARGET, "Convolution", build())
 
 
-def _check(x: jax.Array, kernel: jax.Array) -> None:
-    found = f"x {x.dtype} {x.shape}, kernel {kernel.dtype} {kernel.shape}"
-    if x.dtype != kernel.dtype or x.dtype.name not in ("float32", "bfloat16"):
+def _check(maps: Sequence[jax.Array], kernel: jax.Array) -> None:
+    found = f"{', '.join(f'x {x.dtype} {x.shape}' for x in maps)}, kernel {kernel.dtype} {kernel.shape}"
+    dtypes = {kernel.dtype, *(x.dtype for x in maps)}
+    if len(dtypes) > 1 or kernel.dtype.name not in ("float32", "bfloat16"):
         raise ValueError(f"expected float32 or bfloat16, the same for both, found {found}")
-    if (
-        x.ndim != 4
-        or kernel.ndim != 4
-        or x.shape[3] != kernel.shape[2]
-        or not (kernel.shape[0] % 2 and kernel.shape[1] % 2)
-    ):
+    odd = kernel.ndim == 4 and kernel.shape[0] % 2 and kernel.shape[1] % 2
+    sizes = {x.shape[:3] for x in maps if x.ndim == 4}
+    if not odd or len(sizes) != 1 or any(x.ndim != 4 for x in maps) or sum(x.shape[3] for x in maps) != kernel.shape[2]:
         raise ValueError(f"expected x [N, H, W, I] and a kernel [h, w, I, O] with h and w odd, found {found}")
+
+
+def _check_views(views: Sequence[View]) -> None:
+    found = [(view.start, view.stop) for view in views]
+    inside = all(0 <= view.start < view.stop <= view.map.shape[3] for view in views)
+    if not inside or any((stop - start) % 2 for start, stop in found[:-1]):
+        raise ValueError(
+            f"expected ranges inside their maps, all but the last of an even number of channels, found {found}"
+        )
+
+
+def _check_epilogue(epilogue: Epilogue, bias, other, shape: tuple[int, ...], dtype) -> None:
+    wanted = [(shape[3:], dtype)] + [(shape, dtype)] * (epilogue.join != "none")
+    found = [(array.shape, array.dtype) for array in (bias, other) if array is not None]
+    if wanted != found:
+        raise ValueError(f"{epilogue}: expected a bias, and a map where it joins one, {wanted}, found {found}")

@@ -1,8 +1,11 @@
-// y[n, r, c, o] = sum_(i, j, k) x[n, r + i - h/2, c + j - w/2, k] w[i, j, k, o]: maps [N, H, W, C], odd windows, stride 1, zeros outside.
+// y[n, r, c, o] = join(act(sum_(i, j, k) x[n, r + i - h/2, c + j - w/2, k] w[i, j, k, o] + bias[o]), z[n, r, c, o]): maps
+// [N, H, W, C], odd windows, stride 1, zeros outside. x is made of ranges of channels of one or several maps, side by side; every
+// range but the last has an even number of channels, so that pairs do not straddle two.
 //
 // A task computes a strip of rows. It copies the rows that the strip reads, with their border of zeros, to a buffer that stays in
-// cache; there the w K inputs under one row of the window are contiguous, so that each row of the window is a product of pixels
-// [P, w K] with weights [w K, O]. About 24 vectors of 16 sums hold P pixels times up to 64 outputs, and no channel count is odd.
+// cache; there the ranges stand side by side and the w K inputs under one row of the window are contiguous, so that each row of
+// the window is a product of pixels [P, w K] with weights [w K, O]. About 24 vectors of 16 sums hold P pixels times 32 to 64
+// outputs, and no channel count is odd.
 // float32 sums; bfloat16 inputs are multiplied in pairs where the machine can (AVX512-BF16), elsewhere they become float32.
 #include <algorithm>
 #include <atomic>
@@ -13,93 +16,39 @@
 #include <thread>
 #include <vector>
 
+#include "cpu_vectors.cc"
 #include "xla/ffi/api/ffi.h"
-
-#if defined(__AVX512BF16__)
-#include <immintrin.h>
-#endif
 
 namespace ffi = xla::ffi;
 
 namespace {
 
-constexpr int64_t kLanes = 16;
+constexpr int64_t kCachedWeights = 11264;  // units, 44 KiB: what a core keeps beside a tile
 constexpr int64_t kStrip = 8;  // rows of a task
-using Vec = float __attribute__((vector_size(64)));
 
-struct Bf16 {
-  uint16_t bits;
+// Channels [start, start + width) of a map of `channels`.
+struct View {
+  const void* map;
+  int64_t channels, start, width;
 };
-
-inline float widen(float x) { return x; }
-inline float widen(Bf16 x) {
-  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
-  float y;
-  std::memcpy(&y, &bits, sizeof y);
-  return y;
-}
-
-// What a sum advances by: one float32 input times a vector of weights.
-struct Single {
-  using Unit = float;
-  static constexpr int64_t kInputs = 1;
-  template <class In>
-  static Unit unit(const In* x, int64_t, int64_t) { return widen(*x); }
-  static inline void step(Vec& sum, const Unit* w, Unit x) {
-    Vec weights;
-    std::memcpy(&weights, w, sizeof weights);
-    sum += weights * x;
-  }
-};
-
-#if defined(__AVX512BF16__)
-// A pair of bfloat16 inputs times a vector of pairs.
-struct Pair {
-  using Unit = uint32_t;
-  static constexpr int64_t kInputs = 2;
-  static Unit unit(const Bf16* x, int64_t stride, int64_t left) {
-    return x[0].bits | (left > 1 ? static_cast<uint32_t>(x[stride].bits) << 16 : 0u);
-  }
-  static inline void step(Vec& sum, const Unit* w, Unit x) {
-    const __m512i weights = _mm512_loadu_si512(w);
-    sum = (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)weights, (__m512bh)_mm512_set1_epi32(x));
-  }
-};
-#endif
-
-inline void store(float* y, const Vec& sums, int64_t count) {
-  if (count == kLanes) {
-    std::memcpy(y, &sums, sizeof sums);
-  } else {
-    for (int64_t i = 0; i < count; ++i) y[i] = sums[i];
-  }
-}
-
-inline void store(Bf16* y, const Vec& sums, int64_t count) {  // rounds half to even
-#if defined(__AVX512BF16__)
-  const auto mask = static_cast<__mmask16>((1u << count) - 1);
-  _mm256_mask_storeu_epi16(y, mask, (__m256i)_mm512_cvtneps_pbh((__m512)sums));
-#else
-  for (int64_t i = 0; i < count; ++i) {
-    uint32_t bits;
-    const float value = sums[i];
-    std::memcpy(&bits, &value, sizeof bits);
-    y[i].bits = value != value ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-  }
-#endif
-}
 
 struct Shape {
   int64_t batch, height, width, inputs, outputs, rows, columns;  // rows, columns: of the window
   int64_t vectors() const { return (outputs + kLanes - 1) / kLanes; }
+  // Vectors of outputs that are computed at once: 2 where the weights of more would not stay in the first cache.
+  int64_t group(int64_t units) const {
+    return rows * columns * units * std::min<int64_t>(4, vectors()) * kLanes > kCachedWeights ? 2 : 4;
+  }
 };
 
-// Sums of P pixels and V vectors of outputs; pixel p begins `pixel` units after the one before.
+// Results of P pixels and V vectors from `output` on; pixel p begins `pixel` units after the one before. `at`: of the first
+// result.
 template <class T, int P, int V, class Out>
-void tile(const typename T::Unit* x, int64_t row, int64_t pixel, int64_t rows, int64_t depth, const typename T::Unit* w, Out* y,
-          int64_t outputs, int64_t pixels, int64_t left) {
+void tile(const Shape& s, const typename T::Unit* x, int64_t row, int64_t pixel, const typename T::Unit* w, Out* y, int64_t at,
+          int64_t output, int64_t pixels, const Epilogue<Out>& epilogue) {
+  const int64_t depth = s.columns * pixel;
   Vec sums[P][V] = {};
-  for (int64_t i = 0; i < rows; ++i, x += row) {
+  for (int64_t i = 0; i < s.rows; ++i, x += row) {
     for (int64_t k = 0; k < depth; ++k, w += V * kLanes) {
 #pragma GCC unroll 16
       for (int p = 0; p < P; ++p) {
@@ -108,31 +57,36 @@ void tile(const typename T::Unit* x, int64_t row, int64_t pixel, int64_t rows, i
       }
     }
   }
-  for (int64_t p = 0; p < pixels; ++p)
-    for (int v = 0; v < V; ++v) store(y + p * outputs + v * kLanes, sums[p][v], std::min(kLanes, left - v * kLanes));
+  for (int64_t p = 0; p < pixels; ++p, at += s.outputs) {
+    for (int v = 0; v < V; ++v) {
+      const int64_t count = std::min(kLanes, s.outputs - output - v * kLanes);
+      store(y + at + v * kLanes, epilogue(sums[p][v], output + v * kLanes, at + v * kLanes, count), count);
+    }
+  }
 }
 
 // One row of the result for V vectors of outputs.
 template <class T, int P, int V, class Out>
-void row_of_tiles(const Shape& s, const typename T::Unit* x, int64_t row, int64_t units, const typename T::Unit* w, Out* y, int64_t left) {
+void row_of_tiles(const Shape& s, const typename T::Unit* x, int64_t row, int64_t units, const typename T::Unit* w, Out* y,
+                  int64_t at, int64_t output, const Epilogue<Out>& epilogue) {
   for (int64_t c = 0; c < s.width; c += P)
-    tile<T, P, V>(x + c * units, row, units, s.rows, s.columns * units, w, y + c * s.outputs, s.outputs, std::min<int64_t>(P, s.width - c), left);
+    tile<T, P, V>(s, x + c * units, row, units, w, y, at + c * s.outputs, output, std::min<int64_t>(P, s.width - c), epilogue);
 }
 
 constexpr int64_t kMaxPixels = 12;
 
 template <class T, class Out>
-void result_row(const Shape& s, const typename T::Unit* x, int64_t row, int64_t units, const typename T::Unit* w, Out* y) {
+void result_row(const Shape& s, const typename T::Unit* x, int64_t row, int64_t units, const typename T::Unit* w, Out* y,
+                int64_t at, const Epilogue<Out>& epilogue) {
   const int64_t taps = s.rows * s.columns * units * kLanes;
-  for (int64_t v = 0; v < s.vectors(); v += 4) {
-    const int64_t left = s.outputs - v * kLanes;
+  for (int64_t v = 0; v < s.vectors(); v += s.group(units)) {
+    const int64_t output = v * kLanes;
     const auto *weights = w + v * taps;
-    Out* to = y + v * kLanes;
-    switch (std::min<int64_t>(4, s.vectors() - v)) {
-      case 1: row_of_tiles<T, 12, 1>(s, x, row, units, weights, to, left); break;
-      case 2: row_of_tiles<T, 12, 2>(s, x, row, units, weights, to, left); break;
-      case 3: row_of_tiles<T, 8, 3>(s, x, row, units, weights, to, left); break;
-      default: row_of_tiles<T, 6, 4>(s, x, row, units, weights, to, left);
+    switch (std::min(s.group(units), s.vectors() - v)) {
+      case 1: row_of_tiles<T, 12, 1>(s, x, row, units, weights, y, at + output, output, epilogue); break;
+      case 2: row_of_tiles<T, 12, 2>(s, x, row, units, weights, y, at + output, output, epilogue); break;
+      case 3: row_of_tiles<T, 8, 3>(s, x, row, units, weights, y, at + output, output, epilogue); break;
+      default: row_of_tiles<T, 6, 4>(s, x, row, units, weights, y, at + output, output, epilogue);
     }
   }
 }
@@ -142,8 +96,8 @@ template <class T, class In>
 std::vector<typename T::Unit> packed(const Shape& s, const In* w, int64_t units) {
   std::vector<typename T::Unit> out;
   out.reserve(s.vectors() * s.rows * s.columns * units * kLanes);
-  for (int64_t v = 0; v < s.vectors(); v += 4) {
-    const int64_t last = std::min(v + 4, s.vectors()) * kLanes;
+  for (int64_t v = 0; v < s.vectors(); v += s.group(units)) {
+    const int64_t last = std::min(v + s.group(units), s.vectors()) * kLanes;
     for (int64_t tap = 0; tap < s.rows * s.columns; ++tap)
       for (int64_t u = 0; u < units; ++u)
         for (int64_t o = v * kLanes; o < last; ++o) {
@@ -155,32 +109,74 @@ std::vector<typename T::Unit> packed(const Shape& s, const In* w, int64_t units)
   return out;
 }
 
-// Row `r` of an image as units between zeros; all zeros outside of the image.
+// A range of channels of `width` pixels as units, `units` apart.
 template <class T, class In>
-void copy_row(const Shape& s, const In* image, int64_t r, int64_t units, int64_t row, typename T::Unit* to) {
-  std::fill(to, to + row, typename T::Unit{});
-  if (r < 0 || r >= s.height) return;
-  const In* from = image + r * s.width * s.inputs;
-  to += s.columns / 2 * units;
-  if (units * T::kInputs == s.inputs && sizeof(In) * T::kInputs == sizeof(*to)) {
-    std::memcpy(to, from, s.width * s.inputs * sizeof(In));
+void copy_view(const In* from, const View& view, int64_t width, int64_t units, typename T::Unit* to) {
+  constexpr int64_t kBlock = 32;
+  const int64_t bytes = view.width * sizeof(In);
+  const bool whole = view.width % T::kInputs == 0 && sizeof(In) * T::kInputs == sizeof(*to);
+  if (whole && view.width == view.channels && view.width == units * T::kInputs) {
+    std::memcpy(to, from, width * bytes);
     return;
   }
-  for (int64_t c = 0; c < s.width; ++c, from += s.inputs)
-    for (int64_t u = 0; u < units; ++u) *to++ = T::unit(from + u * T::kInputs, 1, s.inputs - u * T::kInputs);
+  for (int64_t c = 0; c < width; ++c, from += view.channels, to += units) {
+    if (whole) {
+      auto *target = reinterpret_cast<char*>(to);
+      const auto *source = reinterpret_cast<const char*>(from);
+      int64_t b = 0;
+      for (; b + kBlock <= bytes; b += kBlock) std::memcpy(target + b, source + b, kBlock);
+      std::memcpy(target + b, source + b, bytes - b);
+    } else {
+      for (int64_t k = 0; k < view.width; k += T::kInputs) to[k / T::kInputs] = T::unit(from + k, 1, view.width - k);
+    }
+  }
+}
+
+// Row `r` of image `n` as units between zeros; all zeros outside of the image.
+template <class T, class In>
+void copy_row(const Shape& s, const std::vector<View>& views, int64_t n, int64_t r, int64_t units, int64_t row,
+              typename T::Unit* to) {
+  typename T::Unit* const end = to + row;
+  if (r >= 0 && r < s.height) {
+    to = std::fill_n(to, s.columns / 2 * units, typename T::Unit{});
+    int64_t before = 0;
+    for (const View& view : views) {
+      const In* from = static_cast<const In*>(view.map) + (n * s.height + r) * s.width * view.channels + view.start;
+      copy_view<T>(from, view, s.width, units, to + before / T::kInputs);
+      before += view.width;
+    }
+    to += s.width * units;
+  }
+  std::fill(to, end, typename T::Unit{});
+}
+
+// Whether the units of a map can be read where they are: one pixel's window, one whole map, and units as they are in memory.
+template <class T, class In>
+bool in_place(const Shape& s, const std::vector<View>& views, int64_t units) {
+  return s.rows * s.columns == 1 && views.size() == 1 && views[0].width == views[0].channels &&
+         views[0].width == units * T::kInputs && sizeof(In) * T::kInputs == sizeof(typename T::Unit);
 }
 
 template <class T, class In>
-void strip(const Shape& s, const In* x, const std::vector<typename T::Unit>& w, int64_t units, int64_t index, In* y) {
+void strip(const Shape& s, const std::vector<View>& views, const std::vector<typename T::Unit>& w, int64_t units, int64_t index,
+           In* y, const Epilogue<In>& epilogue) {
   const int64_t per_image = (s.height + kStrip - 1) / kStrip;
   const int64_t image = index / per_image, first = index % per_image * kStrip, last = std::min(first + kStrip, s.height);
+  const int64_t pixel = (image * s.height + first) * s.width;
+  const int64_t end = pixel + (last - first) * s.width;
+  if (in_place<T, In>(s, views, units) && end + kMaxPixels <= s.batch * s.height * s.width) {  // tiles read beyond a row
+    const auto *in = static_cast<const typename T::Unit*>(views[0].map);
+    for (int64_t p = pixel; p < end; p += s.width)
+      result_row<T>(s, in + p * units, 0, units, w.data(), y, p * s.outputs, epilogue);
+    return;
+  }
   const int64_t row = (s.width + kMaxPixels + s.columns) * units;
   static thread_local std::vector<typename T::Unit> buffer;
   buffer.resize((last - first + s.rows - 1) * row);
-  x += image * s.height * s.width * s.inputs;
-  y += (image * s.height + first) * s.width * s.outputs;
-  for (int64_t r = 0; r < last - first + s.rows - 1; ++r) copy_row<T>(s, x, first - s.rows / 2 + r, units, row, &buffer[r * row]);
-  for (int64_t r = 0; r < last - first; ++r) result_row<T>(s, &buffer[r * row], row, units, w.data(), y + r * s.width * s.outputs);
+  for (int64_t r = 0; r < last - first + s.rows - 1; ++r)
+    copy_row<T, In>(s, views, image, first - s.rows / 2 + r, units, row, &buffer[r * row]);
+  for (int64_t r = 0; r < last - first; ++r)
+    result_row<T>(s, &buffer[r * row], row, units, w.data(), y, (pixel + r * s.width) * s.outputs, epilogue);
 }
 
 // Tasks 0 .. n - 1 on the pool's threads and this one; threads that come too late find nothing left.
@@ -197,28 +193,64 @@ void parallel(ffi::ThreadPool& pool, int64_t n, const std::function<void(int64_t
   while (shared->done.load(std::memory_order_acquire) < n) std::this_thread::yield();
 }
 
+// What an FFI call says about its epilogue and views.
+struct Request {
+  std::vector<View> views;
+  Activation activation;
+  Join join;
+  float slope;
+  const void *bias, *other;
+};
+
 template <class T, class In>
-void convolve(ffi::ThreadPool& pool, const Shape& s, const void* x, const void* w, void* y) {
+void convolve(ffi::ThreadPool& pool, const Shape& s, const Request& request, const void* w, void* y) {
   const int64_t units = (s.inputs + T::kInputs - 1) / T::kInputs;
   const auto weights = packed<T>(s, static_cast<const In*>(w), units);
+  const auto *bias = static_cast<const In*>(request.bias);
+  Epilogue<In> epilogue{request.activation, request.join, request.slope, {}, static_cast<const In*>(request.other)};
+  epilogue.bias.resize(s.vectors() * kLanes);
+  for (int64_t o = 0; o < s.outputs; ++o) epilogue.bias[o] = widen(bias[o]);
   const int64_t strips = s.batch * ((s.height + kStrip - 1) / kStrip);
-  parallel(pool, strips, [&](int64_t i) { strip<T>(s, static_cast<const In*>(x), weights, units, i, static_cast<In*>(y)); });
+  parallel(pool, strips, [&](int64_t i) { strip<T>(s, request.views, weights, units, i, static_cast<In*>(y), epilogue); });
 }
 
-ffi::Error run(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::Result<ffi::AnyBuffer> y) {
-  const auto a = x.dimensions(), k = w.dimensions();
-  if (a.size() != 4 || k.size() != 4 || k[2] != a[3] || k[0] % 2 == 0 || k[1] % 2 == 0 || w.element_type() != x.element_type())
-    return ffi::Error::InvalidArgument("expected x [N, H, W, I] and a kernel [h, w, I, O] of one dtype, h and w odd");
-  const Shape shape{a[0], a[1], a[2], a[3], k[3], k[0], k[1]};
-  switch (x.element_type()) {
+using Ints = ffi::Span<const int64_t>;
+
+// maps: those of the views, and the other map if there is one.
+ffi::Error run(ffi::ThreadPool pool, ffi::AnyBuffer w, ffi::AnyBuffer bias, ffi::RemainingArgs maps,
+               ffi::Result<ffi::AnyBuffer> y, Ints starts, Ints widths, int32_t activation, int32_t join, float slope) {
+  const auto k = w.dimensions(), out = y->dimensions();
+  const bool joined = join != kNone;
+  if (k.size() != 4 || out.size() != 4 || k[0] % 2 == 0 || k[1] % 2 == 0 || bias.element_count() != k[3] || out[3] != k[3] ||
+      starts.size() != widths.size() || maps.size() != starts.size() + joined || w.element_type() != bias.element_type())
+    return ffi::Error::InvalidArgument("expected a kernel [h, w, I, O], h and w odd, a bias [O] and one map for every range");
+  Request request{{}, static_cast<Activation>(activation), static_cast<Join>(join), slope, bias.untyped_data(), nullptr};
+  int64_t inputs = 0;
+  for (size_t i = 0; i < maps.size(); ++i) {
+    const auto map = *maps.get<ffi::AnyBuffer>(i);
+    const auto a = map.dimensions();
+    const bool other = i == starts.size();
+    if (a.size() != 4 || a[0] != out[0] || a[1] != out[1] || a[2] != out[2] || map.element_type() != w.element_type() ||
+        (other ? a[3] != out[3] : starts[i] < 0 || widths[i] < 1 || starts[i] + widths[i] > a[3] || inputs % 2))
+      return ffi::Error::InvalidArgument("expected maps [N, H, W, C] of the kernel's dtype that hold their ranges of channels");
+    if (other) {
+      request.other = map.untyped_data();
+    } else {
+      request.views.push_back({map.untyped_data(), a[3], starts[i], widths[i]});
+      inputs += widths[i];
+    }
+  }
+  if (inputs != k[2]) return ffi::Error::InvalidArgument("expected ranges of as many channels as the kernel has inputs");
+  const Shape shape{out[0], out[1], out[2], inputs, k[3], k[0], k[1]};
+  switch (w.element_type()) {
     case ffi::F32:
-      convolve<Single, float>(pool, shape, x.untyped_data(), w.untyped_data(), y->untyped_data());
+      convolve<Single, float>(pool, shape, request, w.untyped_data(), y->untyped_data());
       return ffi::Error::Success();
     case ffi::BF16:
 #if defined(__AVX512BF16__)
-      convolve<Pair, Bf16>(pool, shape, x.untyped_data(), w.untyped_data(), y->untyped_data());
+      convolve<Pair, Bf16>(pool, shape, request, w.untyped_data(), y->untyped_data());
 #else
-      convolve<Single, Bf16>(pool, shape, x.untyped_data(), w.untyped_data(), y->untyped_data());
+      convolve<Single, Bf16>(pool, shape, request, w.untyped_data(), y->untyped_data());
 #endif
       return ffi::Error::Success();
     default:
@@ -229,4 +261,14 @@ ffi::Error run(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::Re
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(Convolution, run,
-                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>());
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .RemainingArgs()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Attr<Ints>("starts")
+                                  .Attr<Ints>("widths")
+                                  .Attr<int32_t>("activation")
+                                  .Attr<int32_t>("join")
+                                  .Attr<float>("slope"));

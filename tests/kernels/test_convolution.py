@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import native
-from pallas_kernels.convolution import api, bench, convolution
+from pallas_kernels.convolution import Epilogue, View, api, bench, convolution, fused_convolution
 from pallas_kernels.convolution.shapes import Shape
 
 needs_compiler = pytest.mark.skipif(native.compiler() is None, reason="no C++ compiler")
@@ -115,3 +115,80 @@ def test_bench_prints_every_shape(monkeypatch, capsys, kernel_cache):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines] == [["tiny", "float32"], ["tiny", "bfloat16"]]
     assert Shape(4, 5, 3, 7).macs == 4 * 5 * 9 * 3 * 7
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 0.01)])
+@pytest.mark.parametrize(
+    "activation, slope", [("identity", 0.0), ("leaky_relu", 0.05), ("leaky_relu", 0.0), ("sigmoid", 0.0)]
+)
+@pytest.mark.parametrize("join", ["none", "add", "multiply", "add_first"])
+def test_epilogue_equals_the_definition(kernel, activation, slope, join, dtype, tolerance):
+    x, w = problem((1, 5, 17, 6, 35, (1, 3)), dtype)
+    z, bias = problem((1, 5, 17, 35, 35, (1, 1)), dtype, 1)[0], problem((1, 1, 1, 35, 1, (1, 1)), dtype, 2)[0][0, 0, 0]
+    epilogue = Epilogue(activation, slope, join)
+    y = jax.jit(fused_convolution, static_argnums=4)([View(x, 0, 6)], w, bias, None if join == "none" else z, epilogue)
+    exact = lambda a: np.asarray(a.astype(jnp.float32), np.float64)
+    want = expected(x, w) + exact(bias) + (exact(z) if join == "add_first" else 0)
+    want = {"identity": want, "leaky_relu": np.where(want < 0, slope * want, want), "sigmoid": 1 / (1 + np.exp(-want))}[
+        activation
+    ]
+    want = {"add": want + exact(z), "multiply": want * exact(z)}.get(join, want)
+    np.testing.assert_allclose(exact(y), want, atol=tolerance * np.abs(want).max())
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_views_are_read_side_by_side(kernel, dtype):
+    (x, _), (z, w) = problem((2, 9, 11, 40, 1, (1, 1)), dtype), problem((2, 9, 11, 46, 20, (3, 3)), dtype, 1)
+    views = [View(x, 3, 39), View(z, 40, 46), View(x, 0, 4)]
+    y = jax.jit(fused_convolution)(views, w)
+    np.testing.assert_array_equal(y, kernel(jnp.concatenate([x[..., 3:39], z[..., 40:], x[..., :4]], -1), w))
+    views = [View(x, 3, 39), View(z, 41, 46)]
+    y = jax.jit(fused_convolution)(views, w[:, :, :41])
+    np.testing.assert_array_equal(y, kernel(jnp.concatenate([x[..., 3:39], z[..., 41:]], -1), w[:, :, :41]))
+
+
+@pytest.mark.parametrize("ranges", [((0, 3), (0, 2)), ((-5, -1), (0, 1)), ((0, 4), (4, 4))])
+def test_ranges_that_cannot_be_read_are_refused(ranges):
+    x = jnp.zeros((1, 4, 4, 6))
+    with pytest.raises(ValueError, match="found"):
+        fused_convolution([View(x, *bounds) for bounds in ranges], jnp.zeros((3, 3, 5, 2)))
+
+
+@needs_compiler
+def test_sigmoid_of_large_values_and_nan(kernel):
+    x = jnp.array([0.0, -200, 200, jnp.inf, -jnp.inf, jnp.nan, -87.0, 1e-3])[None, None, :, None]
+    y = jax.jit(fused_convolution, static_argnums=4)(
+        [View(x, 0, 1)], jnp.ones((1, 1, 1, 1)), None, None, Epilogue("sigmoid")
+    )
+    np.testing.assert_allclose(y, jax.nn.sigmoid(x), rtol=1e-5, atol=1e-37)
+
+
+@needs_compiler
+def test_gradients_are_those_of_xla(kernel):
+    x, w = problem(SHAPES[0], "float32")
+    loss = lambda implementation: lambda x, w: jnp.sum(jnp.sin(convolution(x, w, implementation)))
+    found, want = (jax.jit(jax.grad(loss(name), (0, 1)))(x, w) for name in api.BACKENDS)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), found, want)
+
+
+@pytest.mark.parametrize(
+    "bias, other, epilogue, message",
+    [
+        ((4,), None, Epilogue(), r"expected a bias.*\(5,\).*found \[\(\(4,\)"),
+        ((5,), None, Epilogue(join="add"), r"\(1, 4, 4, 5\)"),
+        ((5,), (1, 4, 4, 5), Epilogue(), "where it joins one"),
+    ],
+)
+def test_wrong_epilogues_are_refused(bias, other, epilogue, message):
+    x, kernel = jnp.zeros((1, 4, 4, 3)), jnp.zeros((3, 3, 3, 5))
+    with pytest.raises(ValueError, match=message):
+        fused_convolution(
+            [View(x, 0, 3)], kernel, jnp.zeros(bias), None if other is None else jnp.zeros(other), epilogue
+        )
+
+
+def test_unknown_activation_is_refused():
+    with pytest.raises(ValueError, match="expected an activation of"):
+        Epilogue("gelu")
