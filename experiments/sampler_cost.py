@@ -21,6 +21,7 @@ import configs.diffusion
 from experiments.cards import Card, Row, current_commit
 from experiments.runs import define_card_flags
 from experiments.stages import Stages
+from jaxcomp.evaluate.intervals import Interval
 from jaxcomp.evaluate.throughput import paired
 from jaxcomp.models.dit import DiT, init_params
 from jaxcomp.models.dit_config import DiTConfig
@@ -66,10 +67,11 @@ def measure(config: ConfigDict) -> dict[str, Any]:
         program = explain_sampler(run, params, x)
         programs[label] = [program.bodies, program.matmuls]
         functions[label] = functools.partial(run, params, x)
-    timed = paired(functions, config.rounds)
-    times = {
-        label: [1 / v for v in (s.value, s.high, s.low)] for label in functions for s in [timed.speedup(label, FULL)]
-    }
+    plans = {label: run for label, run in functions.items() if label != CORRECTED}
+    timed = paired(plans, config.rounds)
+    corrected = paired({label: functions[label] for label in (FULL, CORRECTED)}, config.corrector_rounds)
+    times = {label: _inverse(timed.speedup(label, FULL)) for label in plans}
+    times[CORRECTED] = _inverse(corrected.speedup(CORRECTED, FULL))
     size = sum(leaf.size for leaf in jax.tree.leaves(params)) / 1e6
     setting = (
         f"DiT of {size:.1f} M parameters, {DiTConfig(**config.model).num_tokens} tokens, batch {config.batch}, float32"
@@ -78,9 +80,13 @@ def measure(config: ConfigDict) -> dict[str, Any]:
         "setting": setting,
         "programs": programs,
         "times": times,
-        "load": list(timed.load),
+        "load": [timed.load[0], corrected.load[1]],
         "seconds": time.monotonic() - started,
     }
+
+
+def _inverse(speedup: Interval) -> list[float]:
+    return [1 / value for value in (speedup.value, speedup.high, speedup.low)]
 
 
 def rows(config: ConfigDict, found: dict[str, Any]) -> list[Row]:
@@ -128,7 +134,7 @@ def card(config: ConfigDict, found: dict[str, Any]) -> Card:
         seeds=[0],
         rows=rows(config, found),
         departures=[
-            f"Intervals are over {config.rounds} interleaved rounds; load of the machine before and after: {load}",
+            f"Intervals are over {config.rounds} interleaved rounds, {config.corrector_rounds} for the corrector; load of the machine before and after: {load}",
             *verdicts(config, found),
         ],
     )

@@ -20,5 +20,6 @@ def get_config() -> ConfigDict:
             steps=12,
             computed=(6, 3),
             rounds=15,
+            corrector_rounds=121,  # a difference of a few percent takes more
         )
     )

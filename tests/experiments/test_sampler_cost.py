@@ -9,7 +9,7 @@ TINY = dict(size=(4, 4), channels=2, patch=(2, 2), hidden_size=16, num_layers=1,
 
 
 def test_programs_hold_the_trunks_of_their_plans(tmp_path):
-    config = ConfigDict(dict(model=TINY, batch=1, steps=4, computed=(2,), rounds=1))
+    config = ConfigDict(dict(model=TINY, batch=1, steps=4, computed=(2,), rounds=1, corrector_rounds=1))
     found = sampler_cost.measure(config)
     bodies = {label: counts[0] for label, counts in found["programs"].items()}
     assert list(bodies.values()) == [4, 4, 2, 1]
