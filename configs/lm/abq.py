@@ -115,6 +115,7 @@ def get_config() -> ConfigDict:
                 "W4A8": wa(4, 8, epochs=10),
                 "W6A6": wa(6, 6, epochs=5),
                 "W8A8": wa(8, 8, epochs=2),
+                "W3A16": wa(3, 16, epochs=10),
                 "W4A4 KV8": wa(4, 4, kv_bits=8, only=KV_METHODS),
                 "W4A4 KV16": wa(4, 4, kv_bits=16, only=KV_METHODS),
                 "mixed A8": wa(2, 8, budgets=(2.25, 2.5, 3.0)),
