@@ -47,7 +47,7 @@ def run_all(config: ConfigDict, names: Sequence[str], stages: Stages) -> Results
     """All runs, recorded one by one."""
     results: Results = {}
     for name in names:
-        for seed in config.seeds:
+        for seed in config.seeds if name == FIELD else config.video.seeds:
             cache: dict[str, Any] = {}
 
             def world(name=name, seed=seed, cache=cache):

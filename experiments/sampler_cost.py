@@ -123,7 +123,7 @@ def verdicts(config: ConfigDict, found: dict[str, Any]) -> list[str]:
 
 def card(config: ConfigDict, found: dict[str, Any]) -> Card:
     """The result card."""
-    load = " and ".join(f"{value:.1f}" for value in found["load"])
+    rounds, load = config.rounds, " and ".join(f"{value:.1f}" for value in found["load"])
     return Card(
         name="sampler_cost",
         paper=PAPER,
@@ -134,7 +134,8 @@ def card(config: ConfigDict, found: dict[str, Any]) -> Card:
         seeds=[0],
         rows=rows(config, found),
         departures=[
-            f"Intervals are over {config.rounds} interleaved rounds, {config.corrector_rounds} for the corrector; load of the machine before and after: {load}",
+            f"Intervals are over {rounds} interleaved rounds, {config.corrector_rounds} for the corrector; load of the machine "
+            f"before and after: {load}",
             *verdicts(config, found),
         ],
     )

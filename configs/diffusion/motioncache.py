@@ -32,6 +32,7 @@ def get_config() -> ConfigDict:
                 span=6.0,
             ),
             video=dict(
+                seeds=(0, 1, 2),
                 videos=6,
                 given=1,
                 chunks=3,
