@@ -3,8 +3,10 @@ r"""Draws samples with the digits model of the package or one that `experiments.
 python -m experiments.sample --classes=0,1,2,3,4,5,6,7,8,9 --steps=30 --cache=ertacache --computed=12 --out=digits.png
 python -m experiments.sample --bits=4 --corrector=tcec --out=digits.gif      (every step is a frame)
 
-Caches: none, uniform, fora, teacache, magcache, taylorseer, dbcache, ertacache; `--computed` is the number of steps that run the
-network. Progress is shown step by step. Prints how far the samples are from those of the full run on the same noise.
+Caches: none, uniform, fora, teacache, magcache, taylorseer, dbcache, sencache, delta_dit, adacache, pab, fastercache, ertacache;
+`--computed` is the number of steps that run the whole network (adacache finds its own; pab and fastercache leave out attention
+only, in all steps that their published rules name). Progress is shown step by step. Prints how far the samples are from those of
+the full run on the same noise. Videos: `experiments.sample_video`.
 """
 
 import pathlib
@@ -29,21 +31,14 @@ from jaxcomp.io.dit import load_dit
 from jaxcomp.io.files import replacing
 from jaxcomp.models.dit import DiT
 from jaxcomp.quantize import rtn
-from jaxcomp.sampling import schedules, solvers
+from jaxcomp.sampling import Pipeline, cache, guided, network, schedules, solvers, with_cache
 from jaxcomp.sampling.cache import ertacache, magcache, teacache
-from jaxcomp.sampling.cache.dbcache import DBCacheConfig
-from jaxcomp.sampling.cache.fora import FORAConfig
 from jaxcomp.sampling.cache.pareto import Batch
 from jaxcomp.sampling.cache.quality import mean_interval, quality
 from jaxcomp.sampling.cache.search import HitRate, tune
-from jaxcomp.sampling.cache.taylorseer import TaylorSeerCacheConfig
-from jaxcomp.sampling.cache.uniform import UniformCacheConfig
 from jaxcomp.sampling.compensate import ptqd, tac, tcec
 from jaxcomp.sampling.compensate.trajectory import Model
 from jaxcomp.sampling.corrector import Corrector, chain
-from jaxcomp.sampling.denoiser import guided
-from jaxcomp.sampling.network import network
-from jaxcomp.sampling.pipeline import Pipeline, with_cache
 from jaxcomp.sampling.policy import uncached
 
 CALIBRATION = 32  # noises
@@ -80,14 +75,25 @@ def _erta(draw: Draw, n: int) -> ertacache.ERTACacheConfig:
     return ertacache.calibrate(pipeline, settings, params, *batch).config
 
 
+def _interval(draw: Draw, n: int) -> int:
+    return max(1, round(draw[0].solver.steps / n))
+
+
+def _tuned(config: Any, draw: Draw, n: int) -> Any:
+    return tune(draw[0], config, draw[1], *draw[2], computed=n)[0]
+
+
 CACHES: dict[str, Callable[[Draw, int], Any]] = {
-    "uniform": lambda draw, n: UniformCacheConfig(computed=n),
-    "fora": lambda draw, n: FORAConfig(max(1, round(draw[0].solver.steps / n))),
-    "taylorseer": lambda draw, n: TaylorSeerCacheConfig(max(1, round(draw[0].solver.steps / n))),
-    "teacache": lambda draw, n: tune(
-        draw[0], teacache.calibrated(draw[0], draw[1], *draw[2])[0], draw[1], *draw[2], computed=n
-    )[0],
-    "dbcache": lambda draw, n: tune(draw[0], DBCacheConfig(1, 0, warmup_steps=0), draw[1], *draw[2], computed=n)[0],
+    "uniform": lambda draw, n: cache.UniformCacheConfig(computed=n),
+    "fora": lambda draw, n: cache.FORAConfig(_interval(draw, n)),
+    "taylorseer": lambda draw, n: cache.TaylorSeerCacheConfig(_interval(draw, n)),
+    "delta_dit": lambda draw, n: cache.DeltaDiTConfig(_interval(draw, n)),
+    "adacache": lambda draw, n: cache.AdaCacheConfig(),
+    "pab": lambda draw, n: cache.PyramidAttentionBroadcastConfig(),
+    "fastercache": lambda draw, n: cache.FasterCacheConfig(),
+    "teacache": lambda draw, n: _tuned(teacache.calibrated(draw[0], draw[1], *draw[2])[0], draw, n),
+    "dbcache": lambda draw, n: _tuned(cache.DBCacheConfig(1, 0, warmup_steps=0), draw, n),
+    "sencache": lambda draw, n: _tuned(cache.SenCacheConfig(), draw, n),
     "magcache": _mag,
     "ertacache": _erta,
 }
@@ -151,15 +157,22 @@ def write_pictures(path: pathlib.Path, frames: list[np.ndarray], columns: int, z
         sheets[0].save(temporary, format=path.suffix[1:].upper(), save_all=bool(extra), **extra)
 
 
-def run(args: Any) -> None:
-    """Everything. Raises ValueError or CheckpointError for bad settings."""
-    labels = [int(text) for text in args.classes]
-    if not labels or not all(0 <= label < data.NUM_CLASSES for label in labels):
+def check(args: Any) -> None:
+    """Raises ValueError for settings that do not fit."""
+    if not args.classes or not set(args.classes) <= {str(digit) for digit in range(data.NUM_CLASSES)}:
         raise ValueError(f"--classes: expected digits 0 to 9, found {','.join(args.classes)!r}")
     if pathlib.Path(args.out).suffix not in (".png", ".gif"):
         raise ValueError(f"--out: expected a name that ends in .png or .gif, found {args.out!r}")
+    if args.computed > args.steps:
+        raise ValueError(f"--computed: expected at most the {args.steps} steps of the solver, found {args.computed}")
     if args.corrector != "none" and not args.bits:
         raise ValueError("--corrector removes quantization errors; give --bits")
+
+
+def run(args: Any) -> None:
+    """Everything. Raises ValueError or CheckpointError for bad settings."""
+    check(args)
+    labels = [int(text) for text in args.classes]
     pipeline, params, shape = build(args.model, make_solver(args.solver, args.steps), args.guidance)
     start, noise, calibration = jax.random.split(jax.random.key(args.seed), 3)
     cond = jnp.repeat(jnp.asarray(labels, jnp.int32), args.rows)

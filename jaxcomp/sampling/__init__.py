@@ -9,6 +9,8 @@ from jaxcomp.sampling.corrector import Corrector
 from jaxcomp.sampling.denoiser import Denoiser, at_output, guided, recut, whole
 from jaxcomp.sampling.explain import SamplerProgram, explain_sampler
 from jaxcomp.sampling.loop import Carry, Trace, sample
+from jaxcomp.sampling.network import network
+from jaxcomp.sampling.pipeline import Pipeline, freeze_plan, with_cache
 from jaxcomp.sampling.policy import CachePolicy, Decision, Store, cached, frozen, planned
 from jaxcomp.sampling.solvers import LinearSolver
 
@@ -19,18 +21,22 @@ __all__ = [
     "Decision",
     "Denoiser",
     "LinearSolver",
+    "Pipeline",
     "SamplerProgram",
     "Store",
     "Trace",
     "at_output",
     "cached",
     "explain_sampler",
+    "freeze_plan",
     "frozen",
     "guided",
+    "network",
     "planned",
     "recut",
     "sample",
     "schedules",
     "solvers",
     "whole",
+    "with_cache",
 ]

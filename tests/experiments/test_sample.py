@@ -55,10 +55,21 @@ def test_quantized_model_with_a_corrector(tmp_path, capsys):
     assert psnr() > plain > 5
 
 
+@pytest.mark.parametrize("name", ["fora", "taylorseer", "delta_dit", "adacache", "pab", "fastercache"])
+def test_caches_that_need_no_calibration_go_on_the_pipeline(name):
+    solver = sample.make_solver("euler", 6)
+    draw = (sample.Pipeline(sample.network(sample.DiT(None)), solver), None, None)
+    cached = sample.with_cache(draw[0], sample.CACHES[name](draw, 3))
+    mask = cached.policy.plan(6)
+    assert mask is None if name == "adacache" else mask[0] and len(mask) == 6
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
         (dict(classes=["11"]), "digits 0 to 9"),
+        (dict(classes=["x"]), "digits 0 to 9, found 'x'"),
+        (dict(cache="fora", computed=7), "at most the 6 steps"),
         (dict(corrector="tcec"), "give --bits"),
         (dict(solver="rk4"), "expected euler, ddpm, ddim, dpmpp_2m"),
         (dict(name="out.bmp"), r"\.png or \.gif"),
