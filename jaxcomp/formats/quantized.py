@@ -16,6 +16,7 @@ from jaxcomp.formats.activation import ActivationQuantizer
 from jaxcomp.formats.layout import Layout
 from jaxcomp.formats.matrix import MatrixLeaf, register_matrix_leaf
 from jaxcomp.formats.quantized_matmul import kernel_name, matmul
+from pallas_kernels.arbitrary_bit_matmul import BY_ROWS
 
 
 class QuantizedArray(MatrixLeaf):
@@ -145,7 +146,7 @@ class QuantizedArray(MatrixLeaf):
     @property
     def is_table(self) -> bool:
         """Whether the first logical axis is the only row axis, and rows are stored one by one."""
-        return len(self.layout.rows) == 1 and self.layout.perm[0] == 0 and self.storage in stores.BY_ROWS
+        return len(self.layout.rows) == 1 and self.layout.perm[0] == 0 and self.storage in BY_ROWS
 
     def _rows(self, select: Callable, count: int) -> QuantizedArray:
         per_row = lambda a: a if a is None or self.grid.group_size == -1 else select(a)

@@ -10,12 +10,13 @@ from pallas_kernels.arbitrary_bit_matmul.api import (
     prepare,
     weight_spec,
 )
-from pallas_kernels.arbitrary_bit_matmul.layouts import LAYOUTS, Prepared
+from pallas_kernels.arbitrary_bit_matmul.layouts import BY_ROWS, LAYOUTS, Prepared
 from pallas_kernels.arbitrary_bit_matmul.packing import pack_dense, unpack_dense
 from pallas_kernels.arbitrary_bit_matmul.spec import WeightSpec
 
 __all__ = [
     "BACKENDS",
+    "BY_ROWS",
     "LAYOUTS",
     "ActivationCodes",
     "Choice",

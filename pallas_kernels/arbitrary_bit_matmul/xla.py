@@ -1,9 +1,9 @@
 """The core product in plain XLA: the default everywhere, and fast on CPU where the obvious forms are not.
 
-A dense row is read as it lies. The codes at one bit offset of all bytes (for odd widths: of all runs of 32 codes) form a lane;
-a shift and a mask bring them to int8, and it is the few activations that are permuted to meet them, never the weights. XLA on
-CPU expands both operands of a one-row product to float32 but reads int8 as it is from two rows on, so rows are padded, and
-weights are expanded in blocks that stay in cache. Few floating-point rows enter as three int8 digits each.
+A dense row is read as it lies, fastest as bytes. The codes at one bit offset of all bytes (for odd widths: of all runs of 32
+codes) form a lane; a shift and a mask bring them to int8, and it is the few activations that are permuted to meet them, never the
+weights. XLA on CPU expands both operands of a one-row product to float32 but reads int8 as it is from two rows on, so rows are
+padded, and weights are expanded in blocks that stay in cache. Few floating-point rows enter as three int8 digits each.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int8, UInt32
+from jaxtyping import Array, Float, Int8, UInt8, UInt32
 
 from pallas_kernels.arbitrary_bit_matmul import layouts, packing
 from pallas_kernels.arbitrary_bit_matmul.activation import join_digits, split_digits
@@ -31,7 +31,7 @@ def matmul(
     x: jax.Array, weight: Prepared, scale: Float[Array, "n g"], spec: WeightSpec, tile: Tile = BLOCKS[0]
 ) -> Float[Array, "m n"]:
     """See `spec.Backend`; the tile is (bytes of a block of expanded rows,), on CPU."""
-    if weight.layout != "dense" or not _aligned(spec):
+    if weight.layout not in ("dense", "bytes") or not _aligned(spec):
         return _from_codes(x, weight, scale, spec, *tile)
     if x.dtype == jnp.int8:
         cpu, other = _integer, _integer_groups if spec.groups > 1 else _integer_rows
@@ -53,7 +53,13 @@ def tiles(spec: WeightSpec, x: jax.Array) -> tuple[Tile, ...]:
     return () if by_groups or jax.default_backend() != "cpu" else BLOCKS
 
 
-BACKEND = Backend("xla", lambda spec: tuple(layouts.LAYOUTS), lambda spec, x: None, matmul, tiles)
+def known(spec: WeightSpec) -> tuple[str, ...]:
+    """All; bytes first where codes do not straddle them."""
+    first = "bytes" if 8 % spec.bits == 0 else "dense"
+    return (first, *(name for name in layouts.LAYOUTS if name != first))
+
+
+BACKEND = Backend("xla", known, lambda spec, x: None, matmul, tiles)
 
 
 class _Rows(NamedTuple):
@@ -147,7 +153,7 @@ def _from_codes(x, weight, scale, spec, block):
         each = _group_dot(grouped(x), grouped(codes.astype(x.dtype)), dtype)
         return (each.astype(jnp.float32) * scale.T[:, None]).sum(0)
 
-    if weight.layout not in ("dense", "base5"):
+    if weight.layout not in layouts.BY_ROWS:
         return product(weight.data, scale)[:m]
     return _by_row_blocks(product, (weight.data, scale), spec, x.dtype.itemsize, block)[:m]
 
@@ -168,12 +174,14 @@ def _by_row_blocks(product, operands, spec, itemsize, block):
     return y if whole == n else jnp.concatenate([y, product(*[a[whole:] for a in operands])], 1)
 
 
-def _code_lanes(words: UInt32[Array, "*rows w"], bits: int) -> list[Int8[Array, "*rows c"]]:
-    """Codes of dense words minus `_offset` as int8, in an order that `_permute` shares."""
-    if bits == 8:
-        return [lax.bitcast_convert_type(packing.words_to_bytes(words) ^ jnp.uint8(128), jnp.int8)]
+def _code_lanes(words: UInt32[Array, "*rows w"] | UInt8[Array, "*rows 4w"], bits: int) -> list[Int8[Array, "*rows c"]]:
+    """Codes of dense words or bytes minus `_offset` as int8, in an order that `_permute` shares."""
+    as_bytes = words.dtype == jnp.uint8
     if 8 % bits == 0:
-        return [codes.astype(jnp.int8) for codes in packing.byte_lanes(packing.words_to_bytes(words), _lanes(bits))]
+        data = words if as_bytes else packing.words_to_bytes(words)
+        lanes = packing.byte_lanes(data, _lanes(bits))
+        return [lax.bitcast_convert_type(codes ^ jnp.uint8(_offset(bits)), jnp.int8) for codes in lanes]
+    words = packing.bytes_to_words(words) if as_bytes else words
     words = packing.pad_last(words, bits)  # full runs of 32 codes
     runs = jnp.moveaxis(words.reshape(*words.shape[:-1], -1, bits), -1, 0)
     codes = jnp.stack([_lane(runs, i, bits).astype(jnp.int8) for i in range(32)], -2)

@@ -63,7 +63,7 @@ def test_gradients_of_scales_do_not_depend_on_the_layout():
     [
         ("base5", dict(bits=3), "holds five levels, the grid has 8"),
         ("kn_int4", dict(bits=5), "holds at most 4 bits, the grid has 5"),
-        ("base3", dict(bits=4), "storage 'base3' is unknown; known are dense, base5"),
+        ("base3", dict(bits=4), "storage 'base3' is unknown; known are dense, bytes, base5"),
     ],
 )
 def test_what_a_layout_cannot_hold_is_refused(layout, grid, message):
@@ -117,6 +117,16 @@ def test_tables_stay_where_rows_are_looked_up():
     table = QuantizedArray.quantize(W, Grid(4), (1,))
     laid_out, _, _ = compress(kernel_layouts("tpu"), {"embedding": table})
     assert laid_out["embedding"].storage == "dense" and laid_out["embedding"].is_table
+
+
+def test_xla_reads_the_same_bytes_and_tables_still_serve_lookups():
+    table = QuantizedArray.quantize(W, Grid(4), (1,))
+    laid_out, _, _ = compress(kernel_layouts("xla"), {"embedding": table, "kernel": quantized(act_bits=0)})
+    found, ids = laid_out["embedding"], jnp.array([3, 200])
+    assert found.storage == laid_out["kernel"].storage == "bytes"
+    assert found.packed.dtype == jnp.uint8 and found.nbytes == table.nbytes
+    take = jax.jit(compressed(lambda table, ids: table[ids]))
+    np.testing.assert_array_equal(take(found, ids), take(table, ids))
 
 
 @pytest.mark.parametrize("arguments, message", [(("cuda",), "'cuda' is unknown"), ((None, 0), "rows must be positive")])

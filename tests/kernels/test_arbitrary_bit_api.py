@@ -9,6 +9,7 @@ import pytest
 
 from pallas_kernels.arbitrary_bit_matmul import (
     ActivationCodes,
+    Prepared,
     api,
     arbitrary_bit_matmul,
     choose,
@@ -84,6 +85,18 @@ def test_integer_product_is_exact():
     y = code_matmul(ActivationCodes(jnp.asarray(x), jnp.ones((3, 1))), packed, ones, bits=8)
     want = x.astype(np.int64) @ (codes.astype(np.int64) - 128).T
     np.testing.assert_array_equal(y, want.astype(np.float32))
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("groups", [1, 3])
+def test_xla_reads_bytes_as_it_reads_words(bits, groups):
+    _, packed, scale, zero = weight(bits, groups=groups)
+    x, static = rows(2, 96), dict(bits=bits, act_bits=8, implementation="xla")
+    as_bytes = Prepared(np.asarray(packed).view(np.uint8), "bytes")
+    run = jax.jit(lambda x, w: arbitrary_bit_matmul(x, w, scale, zero, **static))
+    np.testing.assert_array_equal(run(x, as_bytes), run(x, packed))
+    first = prepare(packed, k=96, groups=groups, bits=bits, implementation="xla")
+    assert first.layout == ("bytes" if bits in (1, 2, 4, 8) else "dense")
 
 
 def test_row_blocks_with_a_tail(monkeypatch):
