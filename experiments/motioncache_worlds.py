@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from jaxcomp.data.embedded_video import load_video_dit
+from jaxcomp.data.embedded_video import FOLDER, load_video_dit
 from jaxcomp.data.shapes import MovingField, random_field, random_scene, render
 from jaxcomp.models.video_dit import VideoDiTConfig, patchify
 from jaxcomp.sampling.autoregressive import (
@@ -127,11 +128,14 @@ def field_world(config: ConfigDict, seed: int) -> World:
     return World(_field_denoiser(f.frames), fields, True, x, None, solver, plan, tuple(f.shares), f.span)
 
 
-def video_world(config: ConfigDict, seed: int, moving_camera: bool) -> World:
-    """The trained model going on with a given chunk."""
-    v, (denoiser, size, params) = config.video, video_model()
+def video_world(
+    config: ConfigDict, seed: int, moving_camera: bool, folder: pathlib.Path = FOLDER, kind: int | None = None
+) -> World:
+    """The trained model going on with `given` chunks of shapes, of one kind or of random ones."""
+    v, (denoiser, size, params) = config.video, video_model(folder)
     keys = jax.random.split(jax.random.key(seed), 2)
     scene = random_scene(keys[0], v.videos, size.size, float(moving_camera))
+    scene = scene if kind is None else scene._replace(kind=jnp.full_like(scene.kind, kind))
     given = patchify(render(scene, v.given * size.frames, size.size), size)
     noise = jax.random.normal(keys[1], (v.videos, v.chunks - v.given, *given.shape[2:]))
     solver, plan = euler_flow(flow_grid(v.steps, v.shift, time_scale=1.0)), (v.chunks, v.steps, v.stagger, v.given)
@@ -143,9 +147,9 @@ _field_denoiser = functools.cache(field_denoiser)
 
 
 @functools.cache
-def video_model() -> tuple[ChunkDenoiser, VideoDiTConfig, Any]:
-    """The shipped model: (denoiser, sizes, params)."""
-    model, params = load_video_dit()
+def video_model(folder: pathlib.Path = FOLDER) -> tuple[ChunkDenoiser, VideoDiTConfig, Any]:
+    """The shipped model, or that of another folder: (denoiser, sizes, params)."""
+    model, params = load_video_dit(folder)
     return video_denoiser(model), model.config, params
 
 
@@ -183,15 +187,22 @@ def reference(world: World) -> Reference:
     return Reference(np.asarray(x), output_table(np.moveaxis(latents, 2, 0), levels), change)
 
 
+def run(
+    world: World, found: Reference, method: Method, reuse: str, threshold: float
+) -> tuple[Float[np.ndarray, "V G L C"], float]:
+    """(samples with a cache, share of all tokens that were computed)."""
+    cached = _cached(world.denoiser, world.plan, world.own_params, world.shares, method._replace(floor=0.0), reuse)
+    numbers = (jnp.float32(threshold), jnp.float32(method.floor), jnp.asarray(found.table, jnp.float32))
+    x, tokens = cached(world.params, world.x, world.cond, world.solver, found.change, *numbers)
+    return np.asarray(x), float(np.mean(tokens)) / (world.schedule.updates * world.x.shape[2])
+
+
 def score(world: World, found: Reference, method: Method, reuse: str, threshold: float) -> Score:
     """Samples all videos with a cache and compares them with the uncached ones."""
-    run = _cached(world.denoiser, world.plan, world.own_params, world.shares, method._replace(floor=0.0), reuse)
-    numbers = (jnp.float32(threshold), jnp.float32(method.floor), jnp.asarray(found.table, jnp.float32))
-    x, tokens = run(world.params, world.x, world.cond, world.solver, found.change, *numbers)
+    x, share = run(world, found, method, reuse, threshold)
     generated = slice(world.schedule.prefix, None)
-    error = np.square(np.asarray(x)[:, generated] - found.x[:, generated]).mean((1, 2, 3))
-    psnr = 10 * np.log10(world.span**2 / np.maximum(error, 1e-12))
-    return Score(float(np.mean(tokens)) / (world.schedule.updates * world.x.shape[2]), psnr)
+    error = np.square(x[:, generated] - found.x[:, generated]).mean((1, 2, 3))
+    return Score(share, 10 * np.log10(world.span**2 / np.maximum(error, 1e-12)))
 
 
 @functools.cache
