@@ -2,16 +2,17 @@ r"""Draws samples with the digits model of the package or one that `experiments.
 
 python -m experiments.sample --classes=0,1,2,3,4,5,6,7,8,9 --steps=30 --cache=ertacache --computed=12 --out=digits.png
 python -m experiments.sample --bits=4 --corrector=tcec --out=digits.gif      (every step is a frame)
+python -m experiments.sample --cache=ertacache --psnr=40 --report=budget.html
 
 Caches: none, uniform, fora, teacache, magcache, taylorseer, dbcache, sencache, delta_dit, adacache, pab, fastercache, ertacache;
 `--computed` is the number of steps that run the whole network (adacache finds its own; pab and fastercache leave out attention
-only, in all steps that their published rules name). Progress is shown step by step. Prints how far the samples are from those of
-the full run on the same noise. Videos: `experiments.sample_video`.
+only, in all steps that their published rules name). With ertacache a budget may stand in its place, `--psnr` or
+`--relative_error` to the full run, and `--report` shows the whole curve of quality over computed steps. Progress is shown step by
+step. Prints how far the samples are from those of the full run on the same noise. Videos: `experiments.sample_video`.
 """
 
 import pathlib
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,6 +23,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from experiments.sample_caches import CACHES, Draw, budgeted
 from experiments.tcec import CORRECTORS, RULES
 from jaxcomp.core.apply import compressed
 from jaxcomp.core.transform import compress
@@ -31,19 +33,17 @@ from jaxcomp.io.dit import load_dit
 from jaxcomp.io.files import replacing
 from jaxcomp.models.dit import DiT
 from jaxcomp.quantize import rtn
-from jaxcomp.sampling import Pipeline, cache, guided, network, schedules, solvers, with_cache
-from jaxcomp.sampling.cache import ertacache, magcache, teacache
+from jaxcomp.sampling import Pipeline, guided, network, schedules, solvers, with_cache
 from jaxcomp.sampling.cache.pareto import Batch
 from jaxcomp.sampling.cache.quality import mean_interval, quality
-from jaxcomp.sampling.cache.search import HitRate, tune
+from jaxcomp.sampling.cache.search import HitRate
 from jaxcomp.sampling.compensate import ptqd, tac, tcec
 from jaxcomp.sampling.compensate.trajectory import Model
 from jaxcomp.sampling.corrector import Corrector, chain
 from jaxcomp.sampling.policy import uncached
 
-CALIBRATION = 32  # noises
+CALIBRATION, EVALUATION = 32, 64  # noises of calibrations; of a budget's curve
 FITS = {"tcec": tcec.calibrate, "ptqd": ptqd.calibrate, "tac": tac.calibrate}
-Draw = tuple[Pipeline, Any, Batch]  # pipeline, params, calibration batch
 
 
 def make_solver(name: str, steps: int) -> solvers.LinearSolver:
@@ -58,45 +58,6 @@ def make_solver(name: str, steps: int) -> solvers.LinearSolver:
     if name not in known:
         raise ValueError(f"solver: expected euler, {', '.join(known)}, found {name!r}")
     return known[name](schedules.vp_grid(schedules.cosine_betas(), steps, "leading"))
-
-
-def _mag(draw: Draw, n: int) -> magcache.MagCacheConfig:
-    pipeline, params, batch = draw
-    curve = magcache.calibrate(pipeline, params, *batch)
-    settings = [(t, k) for k in range(1, 9) for t in np.geomspace(1e-3, 10, 100)]
-    far = lambda s: abs(int(magcache.plan(curve, *s, 0.2).sum()) - n)
-    return magcache.MagCacheConfig(curve, *min(settings, key=far))
-
-
-def _erta(draw: Draw, n: int) -> ertacache.ERTACacheConfig:
-    pipeline, params, batch = draw
-    phi = "v" if pipeline.solver.name == "euler_flow" else "off"
-    settings = ertacache.ErtaSettings(computed=n, phi=phi)
-    return ertacache.calibrate(pipeline, settings, params, *batch).config
-
-
-def _interval(draw: Draw, n: int) -> int:
-    return max(1, round(draw[0].solver.steps / n))
-
-
-def _tuned(config: Any, draw: Draw, n: int) -> Any:
-    return tune(draw[0], config, draw[1], *draw[2], computed=n)[0]
-
-
-CACHES: dict[str, Callable[[Draw, int], Any]] = {
-    "uniform": lambda draw, n: cache.UniformCacheConfig(computed=n),
-    "fora": lambda draw, n: cache.FORAConfig(_interval(draw, n)),
-    "taylorseer": lambda draw, n: cache.TaylorSeerCacheConfig(_interval(draw, n)),
-    "delta_dit": lambda draw, n: cache.DeltaDiTConfig(_interval(draw, n)),
-    "adacache": lambda draw, n: cache.AdaCacheConfig(),
-    "pab": lambda draw, n: cache.PyramidAttentionBroadcastConfig(),
-    "fastercache": lambda draw, n: cache.FasterCacheConfig(),
-    "teacache": lambda draw, n: _tuned(teacache.calibrated(draw[0], draw[1], *draw[2])[0], draw, n),
-    "dbcache": lambda draw, n: _tuned(cache.DBCacheConfig(1, 0, warmup_steps=0), draw, n),
-    "sencache": lambda draw, n: _tuned(cache.SenCacheConfig(), draw, n),
-    "magcache": _mag,
-    "ertacache": _erta,
-}
 
 
 def build(folder: str, solver: solvers.LinearSolver, guidance: float) -> tuple[Pipeline, Any, tuple[int, ...]]:
@@ -165,8 +126,34 @@ def check(args: Any) -> None:
         raise ValueError(f"--out: expected a name that ends in .png or .gif, found {args.out!r}")
     if args.computed > args.steps:
         raise ValueError(f"--computed: expected at most the {args.steps} steps of the solver, found {args.computed}")
+    if len(qualities(args)) + bool(args.computed) > 1:
+        raise ValueError("expected one of --computed, --psnr and --relative_error")
+    if args.cache != "ertacache" and (args.report or qualities(args)):
+        raise ValueError("--psnr, --relative_error and --report are for --cache=ertacache")
     if args.corrector != "none" and not args.bits:
         raise ValueError("--corrector removes quantization errors; give --bits")
+
+
+def balanced(solver: solvers.LinearSolver, key: Any, count: int, shape: tuple[int, ...]) -> Batch:
+    """Noises of all classes by turns."""
+    return Batch(solver.initial(key, (count, *shape)), jnp.arange(count) % data.NUM_CLASSES)
+
+
+def qualities(args: Any) -> dict[str, float]:
+    """The budgets of quality that were given."""
+    return {name: value for name in ("psnr", "relative_error") if (value := getattr(args, name)) is not None}
+
+
+def put_cache(args: Any, draw: Draw, evaluation: Batch) -> Pipeline:
+    """The pipeline with the cache that was asked for."""
+    if args.cache == "none":
+        return draw[0]
+    computed = args.computed or args.steps // 2
+    if args.report or qualities(args):
+        config = budgeted(draw, evaluation, args.report, **(qualities(args) or {"computed": computed}))
+    else:
+        config = CACHES[args.cache](draw, computed)
+    return with_cache(draw[0], config)
 
 
 def run(args: Any) -> None:
@@ -174,13 +161,11 @@ def run(args: Any) -> None:
     check(args)
     labels = [int(text) for text in args.classes]
     pipeline, params, shape = build(args.model, make_solver(args.solver, args.steps), args.guidance)
-    start, noise, calibration = jax.random.split(jax.random.key(args.seed), 3)
+    start, noise, calibration, evaluation = jax.random.split(jax.random.key(args.seed), 4)
     cond = jnp.repeat(jnp.asarray(labels, jnp.int32), args.rows)
     batch = Batch(pipeline.solver.initial(start, (len(cond), *shape)), cond)
-    x = pipeline.solver.initial(calibration, (CALIBRATION, *shape))
-    draw, cached = (pipeline, params, Batch(x, jnp.arange(CALIBRATION) % data.NUM_CLASSES)), pipeline
-    if args.cache != "none":
-        cached = with_cache(pipeline, CACHES[args.cache](draw, args.computed or args.steps // 2))
+    draw = (pipeline, params, balanced(pipeline.solver, calibration, CALIBRATION, shape))
+    cached = put_cache(args, draw, balanced(pipeline.solver, evaluation, EVALUATION, shape))
     quantized = quantize(params, args.bits)
     cached = correct(args.corrector, draw, cached, quantized)
     frames, hits = draw_samples(cached, quantized, batch, noise)
@@ -202,6 +187,9 @@ def define_flags() -> None:
     flags.DEFINE_float("guidance", 1.5, "Weight of classifier-free guidance.")
     flags.DEFINE_enum("cache", "none", ["none", *CACHES], "Cache policy.")
     flags.DEFINE_integer("computed", 0, "Steps that run the network; half of them by default.", lower_bound=0)
+    flags.DEFINE_float("psnr", None, "Least PSNR to the full run, dB, that ertacache is to keep.")
+    flags.DEFINE_float("relative_error", None, "Largest relative error to the full run that ertacache may make.")
+    flags.DEFINE_string("report", "", "HTML page, or PNG, of ertacache's quality over computed steps.")
     flags.DEFINE_integer("bits", 0, "Quantize weights and activations of the blocks to so many bits; 0 does not.")
     flags.DEFINE_enum("corrector", "none", ["none", *FITS], "Corrector of quantization errors.")
     flags.DEFINE_integer("seed", 0, "Of noise and calibration.")

@@ -5,7 +5,9 @@ import types
 import pytest
 from PIL import Image
 
-from experiments import sample
+from experiments import sample, sample_caches
+from jaxcomp.evaluate.intervals import Interval
+from jaxcomp.sampling.cache.pareto import Curve, Point
 
 DEFAULTS = dict(
     classes=["3", "7"],
@@ -19,6 +21,9 @@ DEFAULTS = dict(
     model="",
     bits=0,
     corrector="none",
+    psnr=None,
+    relative_error=None,
+    report="",
 )
 
 
@@ -40,6 +45,19 @@ def test_cache_and_gif_of_all_steps(tmp_path, capsys):
         assert image.n_frames >= 6
     said = capsys.readouterr().out
     assert "3 of 6 steps computed, hit rate 50%" in said and "PSNR to the full run" in said
+
+
+def test_a_budget_of_quality_takes_the_cheapest_plan_that_meets_it(monkeypatch, capsys):
+    point = lambda n: Point(n, Interval(5.0 * n, 5.0 * n - 1, 5.0 * n + 1), Interval(0.1, 0.1, 0.1), n)
+    monkeypatch.setattr(sample_caches, "pareto", lambda *_, **__: Curve(9, tuple(map(point, range(2, 9)))))
+    monkeypatch.setattr(sample, "with_cache", lambda pipeline, config: config)
+    draw = (sample.Pipeline(None, sample.make_solver("euler", 9)), None, None)
+    args = types.SimpleNamespace(**(DEFAULTS | dict(cache="ertacache", steps=9, computed=0, psnr=27.0)))
+    assert sample.put_cache(args, draw, sample.Batch([])) == 6  # the lower end of 5 steps is 24 dB, that of 6 is 29
+    assert "6 of 9 steps: PSNR 30.0 dB [29.0, 31.0]" in capsys.readouterr().out
+    args.psnr, args.relative_error = None, 0.01
+    with pytest.raises(ValueError, match="no plan reaches a relative error of 0.01"):
+        sample.put_cache(args, draw, sample.Batch([]))
 
 
 def test_noise_predicting_model_with_a_stochastic_solver(tmp_path, capsys):
@@ -70,6 +88,8 @@ def test_caches_that_need_no_calibration_go_on_the_pipeline(name):
         (dict(classes=["11"]), "digits 0 to 9"),
         (dict(classes=["x"]), "digits 0 to 9, found 'x'"),
         (dict(cache="fora", computed=7), "at most the 6 steps"),
+        (dict(cache="fora", computed=0, psnr=30.0), "for --cache=ertacache"),
+        (dict(cache="ertacache", psnr=30.0), "expected one of --computed, --psnr"),
         (dict(corrector="tcec"), "give --bits"),
         (dict(solver="rk4"), "expected euler, ddpm, ddim, dpmpp_2m"),
         (dict(name="out.bmp"), r"\.png or \.gif"),
