@@ -56,7 +56,7 @@ def test_a_budget_of_quality_takes_the_cheapest_plan_that_meets_it(monkeypatch, 
     assert sample.put_cache(args, draw, sample.Batch([])) == 6  # the lower end of 5 steps is 24 dB, that of 6 is 29
     assert "6 of 9 steps: PSNR 30.0 dB [29.0, 31.0]" in capsys.readouterr().out
     args.psnr, args.relative_error = None, 0.01
-    with pytest.raises(ValueError, match="no plan reaches a relative error of 0.01"):
+    with pytest.raises(ValueError, match=r"no plan reaches a relative error of 0\.01"):
         sample.put_cache(args, draw, sample.Batch([]))
 
 

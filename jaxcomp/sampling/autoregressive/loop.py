@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
@@ -58,6 +59,9 @@ class Trace(NamedTuple):
     recorded: Any
 
 
+jax.export.register_namedtuple_serialization(Trace, serialized_name="jaxcomp.sampling.autoregressive.Trace")
+
+
 class Engine(NamedTuple):
     """The fixed parts of a run; `conds` are the conditions of its guidance branches."""
 
@@ -87,7 +91,7 @@ def sample_chunks(
     compress: Callable[[Any], Any] | None = None,
     record: Callable[[Seen, Any], Any] = lambda seen, state: (),
 ) -> tuple[Float[Array, "B G L C"], Trace]:
-    """Integrates all chunks from noise to samples. Pure in its arrays: jit it, shard x and cond over a data mesh.
+    """Integrates all chunks from noise to samples. Pure in its arrays: jit it, export it, shard x and cond over a data mesh.
 
     Args:
       denoiser: the network.

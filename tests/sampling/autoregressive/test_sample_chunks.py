@@ -1,6 +1,7 @@
 """The engine: equal to a loop over whole forwards, frozen chunks, guidance, sharding, and what it refuses."""
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -126,6 +127,18 @@ def test_sharded_over_devices_it_samples_the_same():
     options = dict(policy=scattered(), ladder=ladder(CONFIG.chunk_tokens, (0.5,)))
     split, _ = run(schedule, x=jax.device_put(NOISE, sharding), **options)
     np.testing.assert_allclose(split, run(schedule, **options)[0], atol=1e-5)
+
+
+def test_export_round_trip():
+    pytest.importorskip("flatbuffers")
+    options = dict(policy=scattered(), ladder=ladder(CONFIG.chunk_tokens, (0.5,)))
+    schedule = staggered(CHUNKS, STEPS, 2)
+    fn = jax.jit(lambda p, x: sample_chunks(DENOISER, p, x, LABEL, SOLVER, schedule, **options))
+    again = jax.export.deserialize(jax.export.export(fn)(PARAMS, NOISE).serialize())
+    for found, wanted in zip(
+        jax.tree.leaves(again.call(PARAMS, NOISE)), jax.tree.leaves(fn(PARAMS, NOISE)), strict=True
+    ):
+        np.testing.assert_array_equal(found, wanted)
 
 
 def test_bad_input_says_what_is_wrong():
