@@ -66,8 +66,9 @@ def interval(x: Float[np.ndarray, "s w"], finish: Callable = np.exp, draws: int 
 
 
 def ratio(results: Results, scheme: str, method: str, base: str, text: str = MAIN) -> list[float]:
-    """[value, low, high] of perplexity(method) / perplexity(base), paired by seed and window."""
-    return interval(values(results, scheme, method, text) - values(results, scheme, base, text))
+    """[value, low, high] of perplexity(method) / perplexity(base), paired by window and the first seeds, which both have."""
+    found = values(results, scheme, method, text)
+    return interval(found - values(results, scheme, base, text)[: len(found)])
 
 
 def perplexity(results: Results, scheme: str, method: str, text: str = MAIN) -> float:
@@ -193,7 +194,11 @@ def _ingredients(results: Results) -> list[str]:
         if method.startswith(("abq-", "abq+")) and (scheme, "abq") in results and " at " not in method:
             value, low, high = ratio(results, scheme, method, "abq")
             effect = "no clear effect" if low <= 1 <= high else "worse" if value > 1 else "better"
-            out.append(f"{scheme}, {method} against abq: paired ratio {value:.4f} [{low:.4f}, {high:.4f}], {effect}.")
+            draws = len(results[scheme, method])
+            out.append(
+                f"{scheme}, {method} against abq ({draws} seed{'s' * (draws > 1)}): paired ratio {value:.4f} "
+                f"[{low:.4f}, {high:.4f}], {effect}."
+            )
     return out
 
 

@@ -94,7 +94,7 @@ def scheme_folder(out: pathlib.Path, seed: int, scheme: str) -> pathlib.Path:
 def identity(config: ConfigDict, options: Mapping[str, Any]) -> dict[str, Any]:
     """What the records of a scheme depend on."""
     every = config.to_dict()
-    apart = ("schemes", "seeds", "ablated", "timed", "prompt_tokens", "decode_tokens", "decode_rounds")
+    apart = ("schemes", "seeds", "ablated", "ablated_seeds", "timed", "prompt_tokens", "decode_tokens", "decode_rounds")
     facts = {name: experiment.source_digest(every.pop(name)) for name in ("methods", "ablations", "budgeted", "budget")}
     facts |= {"jax": jax.__version__, "texts": text_names(), "model_files": experiment.fingerprint(None)}
     return {name: value for name, value in every.items() if name not in apart} | facts | {"scheme": options}
@@ -107,7 +107,7 @@ def planned(work: Bench, stages: Stages, scheme: str, options: Mapping[str, Any]
     if "budgets" in options:
         return budgeted(work, stages, options) if first else {}
     plan = config.methods(config, model, options)
-    if scheme in config.ablated:
+    if scheme in config.ablated and config.seed in config.ablated_seeds:
         plan |= config.ablations(config, model, options)
     plan = {name: transform for name, transform in plan.items() if name in options.get("only", plan)}
     return ({FLOAT: None} if first and scheme == next(iter(config.schemes)) else {}) | plan

@@ -121,6 +121,7 @@ def get_config() -> ConfigDict:
                 "mixed A8": wa(2, 8, budgets=(2.25, 2.5, 3.0)),
             },
             ablated=("W2*A8",),
+            ablated_seeds=(0,),  # fifteen more runs each
             timed={"W8A8": "smoothquant", "W4A4": "abq+rounding", "W2*A8": "abq+rounding"},
             outlier_channels=2,
             outlier_factor=20.0,

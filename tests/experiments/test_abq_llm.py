@@ -106,6 +106,16 @@ def test_published_figures_stand_beside_ours():
     assert ratio.value == 1 and ratio.paper == pytest.approx(8.63 / 5.67) and "LLaMA-7B" in ratio.note
 
 
+def test_fewer_seeds_are_paired_with_their_own():
+    results = {
+        ("W4A4", "float"): [record(23)],
+        ("W4A4", "abq"): [record(25), record(50)],
+        ("W4A4", "abq-kl"): [record(25)],
+    }
+    assert abq_card.ratio(results, "W4A4", "abq-kl", "abq")[0] == pytest.approx(1)
+    assert "abq-kl against abq (1 seed)" in abq_card._ingredients(results)[0]
+
+
 def test_processes_share_a_folder_and_interrupted_runs_go_on(tmp_path, monkeypatch):
     monkeypatch.delenv("JAXCOMP_DATA", raising=False)
     full = settings.get_config()
