@@ -1,6 +1,6 @@
-"""S2O against every baseline: structured heads, ablations, needles, a decoder on long text; writes a result card and heat maps.
+"""S2O against every baseline: structured heads, ablations, needles, decoders that read or recall; writes a card and heat maps.
 
-    python -m experiments.s2o [--config=configs/attention/s2o.py] [--out=runs/s2o] [--parts=heads,ablations,needles,language]
+    python -m experiments.s2o [--config=configs/attention/s2o.py] [--out=runs/s2o] [--parts=heads,needles]
 
 Every finished piece is recorded in `--out`; a killed experiment goes on from there.
 """
@@ -25,14 +25,17 @@ from experiments import lm as experiment
 from experiments import s2o_language as language
 from experiments import s2o_operator as operator
 from experiments import s2o_pictures as pictures
+from experiments import s2o_recall as recall
 from experiments import s2o_retrieval as retrieval
 from experiments.runs import define_card_flags
-from experiments.s2o_rows import card
+from experiments.s2o_card import card
 from experiments.stages import Stages
 from jaxcomp.attention.heads import KINDS
 
 NEEDLE_METHODS = ("s2o", "s2o + sub-means", "PBS-Attn", "XAttention", "MInference", "AnchorAttention")
+NEEDLE_VARIANTS = ("segment = tile", "segment = tile, sub-means", "stop by the maximum gain", "local window only")
 LANGUAGE_METHODS = ("s2o", "s2o + sub-means", "PBS-Attn", "XAttention", "MeanPool", "MInference", "FlexPrefill")
+RECALL_METHODS = (*LANGUAGE_METHODS, "AnchorAttention")
 CALIBRATED = ("s2o", "s2o + sub-means", "XAttention", "PBS-Attn")
 PICTURED = ("s2o", "XAttention", "PBS-Attn", "MInference")
 LOCAL = "local window only"
@@ -70,8 +73,9 @@ def _each_head(stages: Stages, part: str, seeds: Any, sweep: Callable[[str, int]
 def needles(config: ConfigDict, stages: Stages) -> dict[str, Any]:
     """Recall at every depth, per length and seed."""
     settings = config.needle
-    methods = {name: config.methods(config.block, config.segment)[name] for name in NEEDLE_METHODS}
-    methods[LOCAL] = config.ablations(config.block, config.segment)[LOCAL]
+    methods, variants = (made(config.block, config.segment) for made in (config.methods, config.ablations))
+    methods = {name: methods[name] for name in NEEDLE_METHODS}
+    methods |= {name if name == LOCAL else f"s2o, {name}": variants[name] for name in NEEDLE_VARIANTS}
     out = {}
     for length in settings.lengths:
         for seed in config.ablation_seeds:
@@ -82,8 +86,25 @@ def needles(config: ConfigDict, stages: Stages) -> dict[str, Any]:
     return out
 
 
+def recalls(config: ConfigDict, stages: Stages) -> dict[str, Any]:
+    """Recall and density of the decoder that copies, per length and method."""
+    settings = config.recall
+    decoder, methods = recall.load(settings.model), config.methods(settings.block, settings.segment)
+    compared = {name: methods[name] for name in RECALL_METHODS}
+    compared[LOCAL] = config.ablations(settings.block, settings.segment)[LOCAL]
+    attends = {name: (lambda t, made=made: made(t).attend, tried) for name, (made, tried) in compared.items()}
+    attends = {language.DENSE: (lambda _: language.dense_attend, (0.0,))} | attends
+    out = {}
+    for length in settings.lengths:
+        asked = recall.questions(settings, length)
+        for name, attend in attends.items():
+            work = lambda attend=attend, asked=asked: recall.answers(decoder, *attend, asked)
+            out[f"{length}/{name}"] = stages.run(f"recall, {length}, {name}", lambda work=work: timed(work))
+    return out
+
+
 def text(config: ConfigDict, stages: Stages) -> dict[str, Any]:
-    """Perplexity curves, recall of a repeated passage, and the composition table of the long-context decoder."""
+    """Perplexity curves and the composition table of the long-context decoder."""
     settings = config.language
     lm, windows, calibration = language.load(settings)
     methods = config.methods(settings.block, settings.segment)
@@ -95,22 +116,7 @@ def text(config: ConfigDict, stages: Stages) -> dict[str, Any]:
     for name in CALIBRATED:
         work = lambda name=name: language.per_head(lm, methods[name], windows, calibration, settings.targets)
         out[f"{name}, per head"] = run(f"{name}, per head", work)
-    out["recall"] = run("recall", lambda: _recall(config, lm, methods, windows))
     out["composition"] = run("composition", lambda: _composition(config, lm, methods, windows))
-    return out
-
-
-def _recall(config: ConfigDict, lm: Any, methods: Mapping[str, Any], windows: np.ndarray) -> dict[str, list[float]]:
-    settings = config.language
-    threshold = config.language.composition_gain
-    compared = {"s2o": (methods["s2o"], threshold), "s2o + sub-means": (methods["s2o + sub-means"], threshold)}
-    attends = {name: method[0](level).attend for name, (method, level) in compared.items()}
-    local = config.ablations(settings.block, settings.segment)[LOCAL]
-    attends |= {language.DENSE: language.dense_attend, LOCAL: local[0](0.5).attend}
-    out = {}
-    for name, attend in attends.items():
-        run = language.continuation(lm, attend)
-        out[name] = [language.recall(lm, run, windows[0], settings.recall, depth) for depth in settings.recall.depths]
     return out
 
 
@@ -131,7 +137,7 @@ def _described(config: ConfigDict, methods: Callable[[int, int], Mapping[str, op
     return {"source": experiment.source_digest(methods), "thresholds": thresholds}
 
 
-PARTS = {"heads": heads, "ablations": ablations, "needles": needles, "language": text}
+PARTS = {"heads": heads, "ablations": ablations, "needles": needles, "recall": recalls, "language": text}
 
 
 def main(argv) -> None:
@@ -142,8 +148,8 @@ def main(argv) -> None:
     facts = {name: _described(config, config[name]) for name in ("methods", "ablations")} | {"jax": jax.__version__}
     identity = {part: config.to_dict() | facts for part in f.parts}
     try:
-        if "language" in identity:
-            identity["language"]["decoder"] = experiment.fingerprint(config.language.model)
+        for part in identity.keys() & {"language", "recall"}:
+            identity[part]["decoder"] = experiment.fingerprint(config[part].model)
         stages = {part: Stages(f"{f.out}/{part}", identity[part], overwrite=f.overwrite) for part in f.parts}
         results = {part: PARTS[part](config, stages[part]) for part in f.parts}
     except (ValueError, OSError, KeyError, FloatingPointError) as error:
@@ -159,5 +165,5 @@ def main(argv) -> None:
 
 if __name__ == "__main__":
     define_card_flags(pathlib.Path(configs.attention.__file__).parent / "s2o.py", "runs/s2o")
-    flags.DEFINE_list("parts", list(PARTS), "What to run, of heads, ablations, needles and language.")
+    flags.DEFINE_list("parts", list(PARTS), "What to run.")
     app.run(main)

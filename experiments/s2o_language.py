@@ -1,4 +1,4 @@
-"""Sparse prefill of a decoder on long real text: perplexity, recall of a repeated passage, other compression beside it."""
+"""Sparse prefill of a decoder on long real text: perplexity, and other compression beside it, for `experiments.s2o`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
 from experiments import lm as experiment
@@ -21,6 +21,7 @@ from jaxcomp.core.apply import compressed
 from jaxcomp.core.calibrate import Calibration
 from jaxcomp.core.transform import compress
 from jaxcomp.data import token_windows
+from jaxcomp.models import Llama
 from jaxcomp.quantize import abq, rtn
 from jaxcomp.quantize.attention import quantized_attention
 
@@ -61,13 +62,20 @@ def scorer(lm: LanguageModel, attend_of: Callable[[Any], Any]) -> Callable[[Any,
 
     @jax.jit
     def run(setting, params, tokens):
-        call = lambda params, tokens: apply_attention(lm.module, attend_of(setting), {"params": params}, tokens)
-        logits, records = compressed(call)(params, tokens[None])
-        nats = optax.softmax_cross_entropy_with_integer_labels(logits[0, :-1], tokens[1:]).mean()
-        shares = [record.value_density.mean() for record in records if record is not None]
-        return nats, jnp.stack(shares).mean() if shares else jnp.ones(())
+        logits, density = logits_and_density(lm.module, attend_of(setting), params, tokens)
+        return optax.softmax_cross_entropy_with_integer_labels(logits[:-1], tokens[1:]).mean(), density
 
     return run
+
+
+def logits_and_density(
+    module: Llama, attend: Any, params: Any, tokens: Int[Array, "T"]
+) -> tuple[Float[Array, "T V"], Float[Array, ""]]:
+    """(logits, share of values read over all layers and heads); params may hold compressed leaves."""
+    call = lambda params, tokens: apply_attention(module, attend, {"params": params}, tokens)
+    logits, records = compressed(call)(params, tokens[None])
+    shares = [record.value_density.mean() for record in records if record is not None]
+    return logits[0], jnp.stack(shares).mean() if shares else jnp.ones(())
 
 
 def score(
@@ -123,27 +131,16 @@ def density_within(results: Sequence[Scored], base: Scored, ratio: float) -> flo
     return float(np.exp(points[0][0])) if points[0][1] <= ratio else None
 
 
-def recall(
-    lm: LanguageModel, run: Callable[..., Array], text: Int[np.ndarray, "T"], config: ConfigDict, depth: float
-) -> float:
-    """Share of tokens continued rightly when a passage of unrelated tokens from `depth` of a text comes again at its end."""
-    hits = []
-    for seed in range(config.repeats):
-        rng = np.random.default_rng(seed)
-        passage = rng.permutation(np.unique(text))[: config.span]
-        body = text[: len(text) - 2 * config.span]
-        place = round(depth * len(body))
-        tokens = np.concatenate([body[:place], passage, body[place:], passage])
-        guess = np.asarray(run(lm.params, jnp.asarray(tokens[None])))[0]
-        asked = config.span - config.prompt
-        hits.append((guess[-asked - 1 : -1] == passage[-asked:]).mean())
-    return float(np.mean(hits))
-
-
-def continuation(lm: LanguageModel, attend: Any) -> Callable[..., Array]:
-    """Compiled `(params, tokens) -> most likely next tokens`."""
-    call = lambda params, tokens: apply_attention(lm.module, attend, {"params": params}, tokens)[0].argmax(-1)
-    return jax.jit(call)
+def density_interval(results: Sequence[Scored], base: Scored, ratio: float, draws: int = 400) -> list[float] | None:
+    """[`density_within`, low, high] by a bootstrap over windows; draws that never come within the ratio count as density 1."""
+    value = density_within(results, base, ratio)
+    if value is None:
+        return None
+    picks = np.random.default_rng(0).integers(len(base.nats), size=(draws, len(base.nats)))
+    drawn = lambda scored, pick: Scored(np.array(scored.nats)[pick].tolist(), scored.density)
+    found = [density_within([drawn(r, pick) for r in results], drawn(base, pick), ratio) or 1.0 for pick in picks]
+    low, high = np.quantile(found, [0.025, 0.975])
+    return [value, min(float(low), value), max(float(high), value)]
 
 
 def weights(lm: LanguageModel, config: ConfigDict) -> dict[str, Any]:

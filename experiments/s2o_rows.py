@@ -1,8 +1,7 @@
-"""The result card of `experiments.s2o` from its recorded pieces."""
+"""Rows of the card of `experiments.s2o` from its recorded pieces."""
 
 from __future__ import annotations
 
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,7 +10,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from experiments import s2o_language as language
-from experiments.cards import Card, Row, current_commit
+from experiments import s2o_recall as recall
+from experiments.cards import Card, Row
 from experiments.s2o_operator import density_at, error_at, geometric, interval
 from jaxcomp.attention.heads import KINDS
 
@@ -19,32 +19,7 @@ OURS = "s2o + sub-means"
 PAPER = {"error": 3.82, "density": 3.31}  # PBS over S2O
 PAPER_NOTE = "Published ratios: Llama-3.1-8B at 128K tokens on a GPU; ours: structured heads at 8K"
 VALUES_NOTE = "BLASST computes every score: its density is the share of values that it reads"
-SPEEDS = "sparse_attention.json"
-
-
-def card(config: ConfigDict, results: Mapping[str, Any], device: str, folder: pathlib.Path) -> Card:
-    """Everything that was run, the kernels' speed from their own card, and what follows from the numbers."""
-    rows = []
-    for part, make in {
-        "heads": head_rows,
-        "ablations": ablation_rows,
-        "needles": needle_rows,
-        "language": text_rows,
-    }.items():
-        rows += make(config, results[part]) if part in results else []
-    rows += speed_rows(folder / SPEEDS)
-    seconds = sum(piece["cpu_seconds"] for part in results.values() for piece in part.values())
-    return Card(
-        name="s2o",
-        paper="S2O (arXiv 2602.22575), with the baselines that it is compared with",
-        command="python -m experiments.s2o",
-        commit=current_commit(),
-        device=device,
-        minutes=seconds / 60,
-        seeds=list(config.seeds),
-        rows=rows,
-        departures=departures(config, rows) + unreached(config, results.get("heads", {})),
-    )
+REPEATS_NOTE = "Ends of recall are the least and the greatest of the repeats or seeds"
 
 
 def head_rows(config: ConfigDict, pieces: Mapping[str, Any]) -> list[Row]:
@@ -63,7 +38,7 @@ def head_rows(config: ConfigDict, pieces: Mapping[str, Any]) -> list[Row]:
         }
         for kind in KINDS:
             out += _rows(f"{kind} head, {config.length} tokens", labels[measure], {n: values[n][kind] for n in names})
-        setting = f"mean head (geometric mean of {len(KINDS)} kinds), {config.length} tokens"
+        setting = mean_setting(config)
         out += _rows(setting, labels[measure], mean)
         for ours in ("s2o", OURS):
             over = {
@@ -72,6 +47,11 @@ def head_rows(config: ConfigDict, pieces: Mapping[str, Any]) -> list[Row]:
             paper = {"PBS-Attn": PAPER[measure]} if ours == "s2o" else {}
             out += _rows(setting, f"{labels[measure]} / that of {ours}", over, paper)
     return out
+
+
+def mean_setting(config: ConfigDict) -> str:
+    """Name of the setting that all kinds make up."""
+    return f"mean head (geometric mean of {len(KINDS)} kinds), {config.length} tokens"
 
 
 def _rows(
@@ -96,7 +76,7 @@ def ablation_rows(config: ConfigDict, pieces: Mapping[str, Any]) -> list[Row]:
         (f"MSE at density {config.density:g}", error_at, config.density),
         (f"density at MSE {config.error:g}", density_at, config.error),
     ):
-        for setting, kinds in {"mean head": tuple(KINDS)} | {f"{kind} head": (kind,) for kind in KINDS}.items():
+        for setting, kinds in [("mean head", tuple(KINDS)), *((f"{kind} head", (kind,)) for kind in KINDS)]:
             values = {
                 n: [
                     geometric([of(pieces[f"{kind}/{s}"]["result"][n], level) for kind in kinds])
@@ -117,23 +97,57 @@ def needle_rows(config: ConfigDict, pieces: Mapping[str, Any]) -> list[Row]:
     out = []
     for length in config.needle.lengths:
         runs = [pieces[f"{length}/{s}"]["result"] for s in config.ablation_seeds]
-        setting = f"needle, {length} tokens, {len(config.needle.depths)} depths, {config.needle.asking} asking queries"
+        setting = needle_setting(config, length)
         for name in runs[0]:
-            recall = np.array([run[name]["recall"] for run in runs])  # [seeds, depths]
+            found = np.array([run[name]["recall"] for run in runs])  # [seeds, depths]
             density = float(np.mean([run[name]["density"] for run in runs]))
-            worst = float(recall.mean(0).min())
-            out.append(Row(name, setting, "recall", "", float(recall.mean()), float(recall.min()), float(recall.max())))
-            out.append(Row(name, setting, "recall at the worst depth", "", worst, worst, worst))
+            worst = found[:, found.mean(0).argmin()]
+            for metric, shares in (("recall", found), ("recall at the worst depth", worst)):
+                ends = float(shares.mean()), float(shares.min()), float(shares.max())
+                out.append(Row(name, setting, metric, "", *ends, note=REPEATS_NOTE))
             out.append(Row(name, setting, "density", "", *[density] * 3))
     return out
 
 
+def needle_setting(config: ConfigDict, length: int) -> str:
+    """Name of the setting of a length."""
+    return f"needle, {length} tokens, {len(config.needle.depths)} depths, {config.needle.asking} asking queries"
+
+
+def recall_rows(config: ConfigDict, pieces: Mapping[str, Any]) -> list[Row]:
+    """Recall per question at about one density, what of dense recall is left, the least density that keeps nearly all of it."""
+    settings, out = config.recall, []
+    for length in settings.lengths:
+        found = {
+            name.partition("/")[2]: [recall.Recalled(*run) for run in piece["result"]]
+            for name, piece in pieces.items()
+            if name.startswith(f"{length}/")
+        }
+        (dense,) = found[language.DENSE]
+        setting = recall_setting(length)
+        for name, runs in found.items():
+            near = recall.nearest(runs, settings.density)
+            for question, shares in near.recall.items():
+                ends = float(np.mean(shares)), min(shares), max(shares)
+                out.append(Row(name, setting, f"recall, {question}", "", *ends, note=REPEATS_NOTE))
+            out.append(Row(name, setting, "density", "", *[near.density] * 3))
+            out.append(Row(name, setting, "least share of dense recall", "", *[recall.kept(near, dense)] * 3))
+            if (least := recall.least_density(runs, dense, settings.share)) is not None:
+                out.append(Row(name, setting, f"least density that keeps {settings.share:.0%}", "", *[least] * 3))
+    return out
+
+
+def recall_setting(length: int) -> str:
+    """Name of the setting of a length."""
+    return f"decoder that copies, {length} tokens of held-out text with passages"
+
+
 def text_rows(config: ConfigDict, pieces: Mapping[str, Any]) -> list[Row]:
-    """Density within 1 % of the dense perplexity, the run nearest to it, recall per depth, composition."""
+    """Density within 1 % of the dense perplexity, the run nearest to density 0.3, composition."""
     settings, results = config.language, {name: piece["result"] for name, piece in pieces.items()}
     base = language.Scored(*results.pop(language.DENSE)[0])
-    recall, table = results.pop("recall"), results.pop("composition")
-    setting = f"decoder of 1.3 M parameters, {settings.context} tokens of held-out text"
+    table = results.pop("composition")
+    setting = text_setting(config)
     percent = f"{settings.ratio - 1:.0%}"
     out = [Row(language.DENSE, setting, "perplexity", "", *[float(np.exp(np.mean(base.nats)))] * 3)]
     for name, runs in results.items():
@@ -141,11 +155,8 @@ def text_rows(config: ConfigDict, pieces: Mapping[str, Any]) -> list[Row]:
         near = min(scored, key=lambda s: abs(np.log(s.density / 0.3)))
         out.append(Row(name, setting, "perplexity ratio nearest to density 0.3", "", *_ratio(near, base)))
         out.append(Row(name, setting, "that run's density", "", *[near.density] * 3))
-        if (found := language.density_within(scored, base, settings.ratio)) is not None:
-            out.append(Row(name, setting, f"density at perplexity + {percent}", "", *[found] * 3))
-    for name, depths in recall.items():
-        for depth, value in zip(settings.recall.depths, depths, strict=True):
-            out.append(Row(name, "decoder, passage repeated at the end", f"recall, depth {depth:g}", "", *[value] * 3))
+        if (found := language.density_interval(scored, base, settings.ratio)) is not None:
+            out.append(Row(name, setting, f"density at perplexity + {percent}", "", *found))
     whole = language.Scored(*table[f"FP32/16/{language.DENSE}"])
     for cell, scored in table.items():
         weights, bits, attention = cell.split("/")
@@ -154,6 +165,11 @@ def text_rows(config: ConfigDict, pieces: Mapping[str, Any]) -> list[Row]:
         out.append(Row(method, where, "perplexity ratio to dense FP32", "", *_ratio(scored, whole)))
         out.append(Row(method, where, "density", "", *[scored.density] * 3))
     return out
+
+
+def text_setting(config: ConfigDict) -> str:
+    """Name of the setting of perplexities."""
+    return f"decoder of 1.3 M parameters, {config.language.context} tokens of held-out text"
 
 
 def _ratio(scored: language.Scored, base: language.Scored) -> list[float]:
@@ -166,49 +182,4 @@ def speed_rows(path: pathlib.Path) -> list[Row]:
     if not path.is_file():
         return []
     rows = Card.from_json(path.read_text(encoding="utf-8")).rows
-    return [row for row in rows if row.metric == "speedup"]
-
-
-def departures(config: ConfigDict, rows: Sequence[Row]) -> list[str]:
-    """Where and why we differ, then every comparison that S2O loses, from the numbers."""
-    label = f"MSE at density {config.density:g}"
-    table = {(row.setting, row.method): row.value for row in rows if row.metric == label}
-    out = [
-        "Heads are synthetic (jaxcomp.attention.heads) and 8K tokens long: ratios, not values, are compared with the paper's.",
-        "The paper's guide vector, stop schedule and segment length were not available; ours are in the docstring of "
-        "jaxcomp.attention.s2o.",
-        "Tiles and blocks have 64 rows and keys for every method (the papers: 128), PBS segments 256 keys, AnchorAttention "
-        "groups 4 blocks instead of 16, FlexPrefill at least 2 blocks: short sequences leave no room for the published sizes.",
-        "RULER, InfiniteBench and LongBench need models and data that are not here; needles and a small decoder stand in.",
-    ]
-    for setting in dict.fromkeys(setting for setting, _ in table):
-        for ours in ("s2o", OURS):
-            mine = table.get((setting, ours))
-            peers = {m: v for (s, m), v in table.items() if s == setting and not m.startswith(("s2o", "oracle"))}
-            lost = [f"{m} ({v:.2g})" for m, v in peers.items() if mine is not None and v < mine]
-            if lost and (setting, "PBS-Attn") in table:
-                out.append(f"{setting}: {ours} ({mine:.2g}) loses to {', '.join(lost)} at density {config.density:g}.")
-    return out
-
-
-def unreached(config: ConfigDict, pieces: Mapping[str, Any]) -> list[str]:
-    """Methods without a row in a comparison of heads, and what their thresholds covered instead."""
-    out = []
-    for name in next(iter(pieces.values()))["result"] if pieces else ():
-        curves = {head: piece["result"][name] for head, piece in pieces.items()}
-        for label, of, level, column in (
-            (f"density {config.density:g}", error_at, config.density, 2),
-            (f"MSE {config.error:g}", density_at, config.error, 3),
-        ):
-            missed = [curve for curve in curves.values() if of(curve, level) is None]
-            if missed:
-                low, high = (edge(point[column] for curve in missed for point in curve) for edge in (min, max))
-                ran = f"where it ran from {low:.2g} to {high:.2g}"
-                out.append(f"{name} does not reach {label} on {len(missed)} of {len(curves)} heads, {ran}.")
-    return out
-
-
-def bars(card_path: pathlib.Path) -> dict[str, float]:
-    """The ratios of the mean head by (peer, metric), for tests and the README."""
-    rows = json.loads(card_path.read_text(encoding="utf-8"))["rows"]
-    return {f"{r['method']}, {r['metric']}": r["value"] for r in rows if r["setting"].startswith("mean head (")}
+    return [row for row in rows if row.metric.startswith("speedup")]

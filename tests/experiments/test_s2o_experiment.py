@@ -1,4 +1,4 @@
-"""The S2O experiment: interpolation, needles, rows of the card, the recall task."""
+"""The S2O experiment: interpolation, needles, rows and verdicts of the card."""
 
 import json
 
@@ -7,8 +7,10 @@ import pytest
 
 from configs.attention.s2o import get_config
 from experiments import s2o_operator as operator
+from experiments import s2o_recall
 from experiments import s2o_rows as rows
-from experiments.s2o_language import Scored, density_within, ratios
+from experiments.s2o_card import Bar, card
+from experiments.s2o_language import Scored, density_interval, density_within, ratios
 from experiments.s2o_pictures import draw
 from experiments.s2o_retrieval import needle_head, recalled
 from jaxcomp.attention import dense_attention, s2o
@@ -51,32 +53,51 @@ def test_card_has_ratios_losses_and_the_paper_beside_them(tmp_path):
     config = get_config()
     config.seeds, config.error = (0, 1), 0.15
     results = {"heads": pieces({"s2o": 1.0, "s2o + sub-means": 0.8, "PBS-Attn": 4.0, "MInference": 0.9, "BLASST": 2.0})}
-    card = rows.card(config, results, "cpu", tmp_path)
-    found = {(r.method, r.metric): r for r in card.rows if r.setting.startswith("mean head (")}
+    made = card(config, results, "cpu", tmp_path)
+    found = {(r.method, r.metric): r for r in made.rows if r.setting.startswith("mean head (")}
     ratio = found["PBS-Attn", "MSE at density 0.2 / that of s2o"]
     assert ratio.value == pytest.approx(4.0) and ratio.paper == 3.82
     assert found["s2o", "density at MSE 0.15"].value == pytest.approx(0.01 / 0.15)
-    assert ("PBS-Attn", "density at MSE 0.15") in found and card.minutes == pytest.approx(12.0)
-    assert any("vertical head" in d and "s2o (0.05) loses to MInference" in d for d in card.departures)
-    assert not any("loses to PBS" in d for d in card.departures)
+    assert ("PBS-Attn", "density at MSE 0.15") in found and made.minutes == pytest.approx(12.0)
+    assert any("vertical head" in d and "s2o (0.05) loses to MInference" in d for d in made.departures)
+    assert not any("loses to PBS" in d for d in made.departures)
+    assert any("PBS-Attn over that of s2o >= 3.8: 4: met" in d for d in made.departures)
+
+
+def test_variants_that_win_a_kind_back_are_named(tmp_path):
+    config = get_config()
+    config.seeds = config.ablation_seeds = (0, 1)
+    heads = pieces({"s2o": 1.0, "s2o + sub-means": 0.95, "MInference": 0.9, "oracle order": 0.1})
+    variants = {"segment = tile": 0.5, "stop by the maximum gain": 0.92, "local window only": 0.99}
+    made = card(config, {"heads": heads, "ablations": pieces(variants)}, "cpu", tmp_path)
+    text = next(d for d in made.departures if d.startswith("slash head: s2o (0.05)"))
+    assert "loses to MInference (0.045)" in text and text.endswith("segment = tile (0.025).")
+    assert {r.setting for r in made.rows} >= {"one change to s2o, slash head, 8192 tokens"}
+
+
+def test_verdicts_say_where_the_interval_reaches():
+    row = lambda *ends: rows.Row("m", "s", "x", "", *ends)
+    assert Bar("a", (), 2.0).verdict(row(3.0, 2.5, 3.5)).endswith("a >= 2: 3 [2.5, 3.5]: met.")
+    assert "met, but the interval" in Bar("a", (), 2.0).verdict(row(3.0, 1.5, 3.5))
+    assert Bar("a", (), 2.0, below=True).verdict(row(3.0, 3.0, 3.0)).endswith("a <= 2: 3: not met.")
 
 
 def test_heads_out_of_reach_are_named(tmp_path):
     config = get_config()
     config.seeds = (0, 1)
-    card = rows.card(config, {"heads": pieces({"s2o": 1.0, "s2o + sub-means": 0.5, "BLASST": 2.0})}, "cpu", tmp_path)
+    made = card(config, {"heads": pieces({"s2o": 1.0, "s2o + sub-means": 0.5, "BLASST": 2.0})}, "cpu", tmp_path)
     text = "does not reach MSE 0.01 on 12 of 12 heads, where it ran from"
-    assert any(f"s2o {text} 0.025 to 0.2" in d for d in card.departures)
-    assert not any("does not reach density" in d for d in card.departures)
+    assert any(f"s2o {text} 0.025 to 0.2" in d for d in made.departures)
+    assert not any("does not reach density" in d for d in made.departures)
 
 
 def test_speed_comes_from_the_kernels_own_card(tmp_path):
     assert rows.speed_rows(tmp_path / "none.json") == []
     row = dict(method="s2o", setting="16K", unit="", value=3.0, low=2.9, high=3.1)
     body = dict(name="x", paper="p", command="c", commit="0", device="d", minutes=1.0, seeds=[0])
-    both = [row | {"metric": "speedup"}, row | {"metric": "time"}]
+    both = [row | {"metric": "speedup over torch"}, row | {"metric": "time"}]
     (tmp_path / "card.json").write_text(json.dumps(body | {"rows": both}))
-    assert [r.metric for r in rows.speed_rows(tmp_path / "card.json")] == ["speedup"]
+    assert [r.metric for r in rows.speed_rows(tmp_path / "card.json")] == ["speedup over torch"]
 
 
 def test_density_within_a_ratio_of_the_dense_perplexity():
@@ -86,6 +107,27 @@ def test_density_within_a_ratio_of_the_dense_perplexity():
     assert 0.2 < found < 0.4 and density_within(results[:2], base, 1.001) is None
     assert density_within(results, base, 1.5) == pytest.approx(0.1)
     assert ratios(results[0], base)[0] == pytest.approx(np.exp(0.04))
+    value, low, high = density_interval(
+        [Scored([1.0 + x, 2.0 + 2 * x], d) for d, x in ((0.1, 0.04), (0.4, 0.0))], base, 1.02
+    )
+    assert low < value < high <= 0.4 and density_interval(results[:2], base, 1.001) is None
+
+
+def of_shares(density, *shares):
+    return s2o_recall.Recalled(0.1, density, {f"depth {i}": [share, share] for i, share in enumerate(shares)})
+
+
+def test_recall_is_held_against_dense_at_the_worst_question(tmp_path):
+    config = get_config()
+    config.recall.lengths = (2048,)
+    runs = {"dense": [of_shares(1.0, 1.0, 0.8)], "s2o": [of_shares(0.1, 0.5, 0.4), of_shares(0.3, 1.0, 0.78)]}
+    made = card(
+        config, {"recall": {f"2048/{n}": {"result": r, "cpu_seconds": 1.0} for n, r in runs.items()}}, "cpu", tmp_path
+    )
+    found = {(r.method, r.metric): r.value for r in made.rows}
+    assert found["s2o", "least share of dense recall"] == pytest.approx(0.975)  # 0.3 is nearest to 0.2
+    assert found["s2o", "least density that keeps 95%"] == 0.3 and found["s2o", "recall, depth 1"] == 0.78
+    assert any("s2o keeps at the worst depth >= 0.95: 0.975: met" in d for d in made.departures)
 
 
 @pytest.mark.slow
