@@ -1,6 +1,6 @@
 """Speed and exactness of `pallas_kernels.arbitrary_bit_matmul` on this machine, and of decoding with it.
 
-    python -m experiments.arbitrary_bit_matmul [--parts=errors,decode,rows,prefill,model] [--rounds=21]
+    python -m experiments.arbitrary_bit_matmul [--parts=errors,decode,one_core,rows,prefill,model] [--rounds=21]
 
 Writes experiments/results/arbitrary_bit_matmul.json and .md: products of LLaMA-7B's shapes at every precision against dense
 float32 of XLA, and against PyTorch's products with int4 and int8 weights where the extra `parity` is installed; then greedy
@@ -11,10 +11,12 @@ that are done are kept in --work and not measured again. Run it on an idle machi
 from __future__ import annotations
 
 import importlib.util
+import multiprocessing
 import os
 import shlex
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import jax
@@ -48,9 +50,8 @@ def speed_rows(found: Sequence[dict[str, Any]], load: float) -> list[Row]:
     for r in found:
         ratios = np.array(r["ratios_to_float32"])
         method = f"{r['scheme']}, {r['implementation']}"
-        setting = (
-            f"{r['shape']}, {r['rows']} row{'s' if r['rows'] > 1 else ''}, {os.cpu_count()} cores, load {load:.1f}"
-        )
+        plural = lambda count, name: f"{count} {name}{'s' if count > 1 else ''}"
+        setting = f"{r['shape']}, {plural(r['rows'], 'row')}, {plural(usable_cores(), 'core')}, load {load:.1f}"
         note = "" if r["scheme"] not in FIGURE else f"paper, GPU, over its W8A8 baseline: {FIGURE[r['scheme']]}x"
         exact = lambda metric, unit, value: Row(method, setting, metric, unit, value, value, value)  # noqa: B023
         rows += [
@@ -116,19 +117,39 @@ def torch_peers(working_set: int) -> Callable[[Shape, int], dict[tuple[str, str]
     return peers
 
 
-def measure(part: str, rounds: int) -> list[Row]:
-    """The rows of one part."""
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def pin_to_one_core() -> None:
+    """Leaves this process the last of its cores; before jax starts, which counts them."""
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+
+
+def on_one_core(rounds: int) -> list[Row]:
+    """Decoding by a process with one core, where no product gains or loses by sharing its work among threads."""
+    if not hasattr(os, "sched_setaffinity"):
+        return []
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), pin_to_one_core) as pool:
+        return pool.submit(measure, "decode", rounds, (SQUARE, DOWN), ("w2a8", "w4a8", "w4a8g128", "w8a8")).result()
+
+
+def measure(part: str, rounds: int, shapes: Sequence[Shape] = (), schemes: Sequence[str] = ()) -> list[Row]:
+    """The rows of one part; shapes and schemes of "decode" if not all."""
     if part == "errors":
         return error_rows()
     if part == "model":
         return model_rows(rounds)
+    if part == "one_core":
+        return on_one_core(rounds)
     options = Options(rounds=rounds)
     peers = torch_peers(options.working_set) if importlib.util.find_spec("torch") else None
     rate, load, found = stream_rate(options), os.getloadavg()[0], []
     if part == "decode":
-        for shape in (SQUARE, UP, DOWN, LARGE):
-            schemes = SCHEMES if shape is not LARGE else ["w2a8", "w4a8", "w8a8"]
-            found += rows_of(shape, 1, schemes, rate, options, peers)
+        for shape in shapes or (SQUARE, UP, DOWN, LARGE):
+            every = SCHEMES if shape is not LARGE else ["w2a8", "w4a8", "w8a8"]
+            found += rows_of(shape, 1, schemes or every, rate, options, peers)
     elif part == "rows":
         for m in (4, 16):
             found += rows_of(SQUARE, m, ["w2a8", "w3a8", "w4a4", "w4a8", "w4a16", "w8a8"], rate, options, peers)
@@ -139,7 +160,7 @@ def measure(part: str, rounds: int) -> list[Row]:
     return speed_rows(found, load)
 
 
-PARTS = ("errors", "decode", "rows", "prefill", "model")
+PARTS = ("errors", "decode", "one_core", "rows", "prefill", "model")
 # (scheme, implementation, shape, least speedup over dense float32): what was promised for decoding one row on a CPU.
 BARS = [("w4a8", "xla", SQUARE, 2.0), ("w4a8", "xla", DOWN, 2.0)] + [
     (scheme, "cpu_ffi", DOWN, least) for scheme, least in {"w4a8": 5.0, "w3a8": 4.5, "w2a8": 6.0, "w1a8": 8.0}.items()
@@ -148,19 +169,24 @@ BARS = [("w4a8", "xla", SQUARE, 2.0), ("w4a8", "xla", DOWN, 2.0)] + [
 
 def departures(rows: Sequence[Row]) -> list[str]:
     """Which bars hold, in numbers, and how the C++ kernel compares with PyTorch's int4 product."""
-    times = {(r.method, *r.setting.split(", ")[:2]): f"{r.value:.2f}x" for r in rows if r.metric == "speedup"}
+    times: dict[tuple[str, ...], dict[str, str]] = {}  # (method, shape, rows) -> {cores: speedup}
+    for r in (r for r in rows if r.metric == "speedup"):
+        shape, count, cores, _ = r.setting.split(", ")
+        times.setdefault((r.method, shape, count), {})[cores] = f"{r.value:.2f}x"
     found = []
     for scheme, name, shape, least in BARS:
-        if (speedup := times.get((f"{scheme}, {name}", shape.name, "1 row"))) is not None:
+        for cores, speedup in times.get((f"{scheme}, {name}", shape.name, "1 row"), {}).items():
             verdict = "holds" if float(speedup[:-1]) >= least else "is missed"
-            found.append(f"{scheme} by {name} at {shape.name}, one row: {speedup}; the bar of {least}x {verdict}.")
+            found.append(
+                f"{scheme} by {name} at {shape.name}, one row, {cores}: {speedup}; the bar of {least}x {verdict}."
+            )
     for name in (SQUARE.name, DOWN.name):
         methods = ("w4a16g128, PyTorch", "w4a16g128, cpu_ffi", "w4a8g128, cpu_ffi")
-        peer, ours, a8 = (times.get((method, name, "1 row")) for method in methods)
-        if peer is not None:
+        peer, ours, a8 = (times.get((method, name, "1 row"), {}) for method in methods)
+        for cores in peer:
             found.append(
-                f"4-bit weights in groups of 128 at {name}, one row: PyTorch's int4 product (bfloat16) {peer}, the C++ "
-                f"kernel {ours} with float32 and {a8} with 8-bit activations."
+                f"4-bit weights in groups of 128 at {name}, one row, {cores}: PyTorch's int4 product (bfloat16) {peer[cores]}, "
+                f"the C++ kernel {ours.get(cores, '-')} with float32 and {a8.get(cores, '-')} with 8-bit activations."
             )
     found.append("Speedups are over dense float32 in XLA; the roofline is the rate of updating a large array in place.")
     return found
@@ -193,7 +219,7 @@ def main(argv) -> None:
     done = [stages.run(part, lambda part=part: timed(part, f.rounds)) for part in f.parts]
     rows = [Row(**row) for found in done for row in found["rows"]]
     minutes = sum(found["minutes"] for found in done)
-    device = f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, jax {jax.__version__}, {', '.join(BACKENDS)}"
+    device = f"{jax.devices()[0].device_kind}, {usable_cores()} cores, jax {jax.__version__}, {', '.join(BACKENDS)}"
     parts = [] if list(f.parts) == list(PARTS) else [f"--parts={','.join(f.parts)}"]
     command = shlex.join(["python", "-m", "experiments.arbitrary_bit_matmul", *parts])
     card = Card("arbitrary_bit_matmul", PAPER, command, current_commit(), device, minutes, [0], rows, departures(rows))

@@ -38,8 +38,16 @@ def test_exact_product_follows_the_definition():
 
 def test_bars_are_judged_from_the_rows():
     row = lambda value: Row("w4a8, xla", "4096 x 4096, 1 row, 2 cores, load 0.1", "speedup", "", value, value, value)
-    assert "1.90x; the bar of 2.0x is missed" in experiment.departures([row(1.9)])[0]
-    assert "2.10x; the bar of 2.0x holds" in experiment.departures([row(2.1)])[0]
+    assert "2 cores: 1.90x; the bar of 2.0x is missed" in experiment.departures([row(1.9)])[0]
+    assert "2 cores: 2.10x; the bar of 2.0x holds" in experiment.departures([row(2.1)])[0]
+
+
+@pytest.mark.skipif(not hasattr(experiment.os, "sched_setaffinity"), reason="cores cannot be chosen here")
+def test_a_process_is_pinned_to_one_core():
+    context = experiment.multiprocessing.get_context("spawn")
+    with experiment.ProcessPoolExecutor(1, context, experiment.pin_to_one_core) as pool:
+        assert pool.submit(experiment.usable_cores).result() == 1
+    assert experiment.usable_cores() == len(experiment.os.sched_getaffinity(0))
 
 
 def test_card_keeps_parts_that_are_done(monkeypatch, tmp_path):
