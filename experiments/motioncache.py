@@ -140,12 +140,18 @@ def verdicts(results: Results, config: ConfigDict) -> list[str]:
             tried = {m for n, m, b in results if (n, b) == (name, budget) and m.startswith("MotionCache")}
             if tried:
                 best = max(sorted(tried), key=lambda m: gain(results, name, m, budget)[0])
-                value, low, high = gain(results, name, best, budget)
-                verb = "beats" if low > 0 else "is on a par with" if high > 0 else "stays behind"
+                found = [f"{base} {in_words(gain(results, name, best, budget, base))}" for base in (FLOW, TEA)]
                 out.append(
-                    f"{name}, {budget:.0%}: the best ({best}) {verb} FlowCache, {value:+.2f} [{low:+.2f}, {high:+.2f}] dB."
+                    f"{name}, {budget:.0%}: the best of {len(tried)} settings ({best}) against {', '.join(found)}."
                 )
     return out
+
+
+def in_words(found: tuple[float, float, float]) -> str:
+    """A gain in words."""
+    value, low, high = found
+    verdict = "ahead" if low > 0 else "on a par" if high > 0 else "BEHIND"
+    return f"{value:+.2f} dB [{low:+.2f}, {high:+.2f}]: {verdict}"
 
 
 def beside_teacache(results: Results, config: ConfigDict) -> list[str]:

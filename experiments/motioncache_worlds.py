@@ -111,6 +111,10 @@ def methods(config: ConfigDict) -> dict[str, Method]:
     }
     for floor in config.floors:
         found[f"MotionCache, x0 estimate, alpha {floor}"] = Method("motioncache", tokenwise, "x0", floor)
+        for warmup, coarse in config.get("phases", ()):
+            name = f"MotionCache, x0 estimate, alpha {floor}, steps 0..{warmup} full, K = {coarse}"
+            phases = dataclasses.replace(tokenwise, warmup=warmup, coarse=coarse)
+            found[name] = Method("motioncache", phases, "x0", floor)
     for floor in config.control_floors:
         found[f"random tokens, alpha {floor}"] = Method("motioncache", tokenwise, "random", floor)
         found[f"latent differences, alpha {floor}"] = Method("motioncache", tokenwise, "latent", floor)

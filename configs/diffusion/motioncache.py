@@ -16,6 +16,7 @@ def get_config() -> ConfigDict:
             seeds=(0, 1, 2, 3),
             budgets=(0.5, 0.35, 0.25),  # largest share of the tokens that may be computed
             floors=(0.6, 0.3, 0.1),  # alpha of MotionCache with the x0 estimate
+            phases=((4, 3), (0, 3)),  # last full step and chunk-wise steps after it, beside (4, 0)
             control_floors=(0.6,),  # alpha of random, latent and oracle tokens
             threshold_range=(0.02, 1.2),  # thresholds as shares of the sum of all distances
             threshold_count=24,
