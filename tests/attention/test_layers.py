@@ -69,3 +69,10 @@ def test_calibration_meets_the_target_head_by_head():
     np.testing.assert_allclose(stats.density[0], found.density, rtol=1e-5)
     with pytest.raises(ValueError, match="positive target"):
         calibrate(method_of, thresholds, q, k, v, 0.0)
+
+
+def test_a_budget_is_calibrated_like_a_gain():
+    q, k, v = (jnp.asarray(x)[None, :, None] for x in synthetic_head("vertical", 256, 0))
+    method_of = lambda share: s2o(threshold=share, stop="budget", **SIZES)
+    found = calibrate(method_of, (0.9, 0.1), q, k, v, 0.02)
+    assert found.threshold[0] == np.float32(0.1) and found.error[0] <= 0.02 and found.density[0] < 1
