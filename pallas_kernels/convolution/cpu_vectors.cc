@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <new>
 #include <vector>
 
 #if defined(__AVX512BF16__)
@@ -14,6 +15,16 @@ namespace {
 
 constexpr int64_t kLanes = 16;
 using Vec = float __attribute__((vector_size(64)));
+
+// Storage whose vectors never straddle two cache lines.
+template <class U>
+struct LineAllocator {
+  using value_type = U;
+  U* allocate(size_t n) { return static_cast<U*>(::operator new(n * sizeof(U), std::align_val_t(sizeof(Vec)))); }
+  void deallocate(U* p, size_t) { ::operator delete(p, std::align_val_t(sizeof(Vec))); }
+};
+template <class U>
+using Aligned = std::vector<U, LineAllocator<U>>;
 
 struct Bf16 {
   uint16_t bits;
@@ -33,7 +44,8 @@ struct Single {
   static constexpr int64_t kInputs = 1;
   template <class In>
   static Unit unit(const In* x, int64_t, int64_t) { return widen(*x); }
-  static inline void step(Vec& sum, const Unit* w, Unit x) {
+  static inline Vec spread(Unit x) { return x - Vec{}; }
+  static inline void step(Vec& sum, const Unit* w, Vec x) {
     Vec weights;
     std::memcpy(&weights, w, sizeof weights);
     sum += weights * x;
@@ -48,12 +60,26 @@ struct Pair {
   static Unit unit(const Bf16* x, int64_t stride, int64_t left) {
     return x[0].bits | (left > 1 ? static_cast<uint32_t>(x[stride].bits) << 16 : 0u);
   }
-  static inline void step(Vec& sum, const Unit* w, Unit x) {
-    const __m512i weights = _mm512_loadu_si512(w);
-    sum = (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)weights, (__m512bh)_mm512_set1_epi32(x));
+  static inline Vec spread(Unit x) { return (Vec)_mm512_set1_epi32(x); }
+  static inline void step(Vec& sum, const Unit* w, Vec x) {
+    sum = (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_loadu_si512(w), (__m512bh)x);
   }
 };
 #endif
+
+// x with quarter `index` of y.
+inline Vec with_quarter(Vec x, Vec y, int index) {
+  using Ints = int32_t __attribute__((vector_size(64)));
+  constexpr Ints kQuarter = {0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3};
+  return kQuarter == index ? y : x;
+}
+
+// Quarter `index` of x, then zeros.
+inline Vec quarter(const Vec& x, int64_t index) {
+  Vec y = {};
+  std::memcpy(&y, reinterpret_cast<const float*>(&x) + 4 * index, 4 * sizeof(float));
+  return y;
+}
 
 inline Vec load(const float* x, int64_t count) {
   Vec y = {};

@@ -1,0 +1,234 @@
+// y[n, r, c, o] = join(act(sum_(i, j, k) x[n, r + i - h/2, c + j - w/2, k] w[i, j, k, o] + bias[o]), z[n, r, c, o]): maps
+// [N, H, W, C], odd windows, stride 1, zeros outside. x is made of ranges of channels of one or several maps, side by side; every
+// range but the last has an even number of channels, so that pairs do not straddle two.
+//
+// A task computes a strip of rows, a tile the sums of P pixels times up to 64 outputs, held in about 24 vectors of 16. Its inner
+// loop multiplies the P pixels under one element of the window, read where they are in the map, with a vector of weights per 16
+// outputs; up to 4 outputs beyond 48 take a vector for every 4 pixels. Copied are only pixels at the left and right border, with
+// zeros around them, and maps that are made of several ranges or are no units of the sums: whole rows, side by side.
+// float32 sums; bfloat16 inputs are multiplied in pairs where the machine can (AVX512-BF16), elsewhere they become float32.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <utility>
+#include <vector>
+
+#include "cpu_vectors.cc"
+
+namespace {
+
+constexpr int64_t kStrip = 8;       // rows of a task, at most
+constexpr int64_t kGroup = 4;       // vectors of outputs that are computed at once, at most
+constexpr int64_t kMaxPixels = 12;  // of a tile
+constexpr int64_t kRest = 4;        // outputs beyond whole vectors that share one vector with those of other pixels, at most
+
+// Channels [start, start + width) of a map of `channels`.
+struct View {
+  const void* map;
+  int64_t channels, start, width;
+};
+
+struct Shape {
+  int64_t batch, height, width, inputs, outputs, rows, columns;  // rows, columns: of the window
+  int64_t vectors() const { return (outputs + kLanes - 1) / kLanes; }
+  int64_t taps() const { return rows * columns; }
+};
+
+// Rows [first, last) of an image.
+struct Strip {
+  int64_t image, first, last;
+};
+
+// What the window of a pixel at the left end reads: units from one row and from one pixel to the next.
+template <class Unit>
+struct Patch {
+  const Unit* x;
+  int64_t row, pixel;
+};
+
+template <class T, class In>
+class Layer {
+ public:
+  using Unit = typename T::Unit;
+
+  Layer(const Shape& shape, const std::vector<View>& views, const In* w, Epilogue<In> epilogue, In* y)
+      : s(shape), views(views), units((s.inputs + T::kInputs - 1) / T::kInputs), weights(packed(w)), epilogue(epilogue), y(y) {
+    constexpr bool as_in_memory = sizeof(In) * T::kInputs == sizeof(Unit);
+    in_place = as_in_memory && views.size() == 1 && views[0].channels % T::kInputs == 0 && views[0].width % T::kInputs == 0;
+  }
+
+  void compute(const Strip& strip) const {
+    const Patch<Unit> source = in_place ? map(strip) : copied(strip);
+    for (int64_t r = strip.first; r < strip.last; ++r) {
+      const Patch<Unit> patch{source.x + (r - strip.first) * source.row, source.row, source.pixel};
+      for (int64_t v = 0; v < s.vectors(); v += kGroup) {
+        switch (std::min(kGroup, s.vectors() - v)) {
+          case 1: row<12, 1>(patch, strip.image, r, v); break;
+          case 2: row<12, 2>(patch, strip.image, r, v); break;
+          case 3: row<8, 3>(patch, strip.image, r, v); break;
+          default: has_rest(v) ? row<8, 3, true>(patch, strip.image, r, v) : row<6, 4>(patch, strip.image, r, v);
+        }
+      }
+    }
+  }
+
+ private:
+  const Shape s;
+  const std::vector<View>& views;
+  const int64_t units;  // of a pixel
+  const Aligned<Unit> weights;
+  const Epilogue<In> epilogue;
+  In* const y;
+  bool in_place;
+
+  // Whether the last of four vectors from v on would hold at most kRest outputs.
+  bool has_rest(int64_t v) const {
+    const int64_t left = s.outputs - (v + kGroup - 1) * kLanes;
+    return left > 0 && left <= kRest;
+  }
+
+  // One row of the result for V vectors of outputs from v on, and the rest behind them.
+  template <int P, int V, bool Rest = false>
+  void row(const Patch<Unit>& patch, int64_t image, int64_t r, int64_t v) const {
+    for (int64_t c = 0; c < s.width; c += P) {
+      const bool inside = !in_place || (c >= s.columns / 2 && c + P + s.columns / 2 <= s.width);
+      const Patch<Unit> from =
+          inside ? Patch<Unit>{patch.x + c * patch.pixel, patch.row, patch.pixel} : border(image, r, c, P + s.columns - 1);
+      tile<P, V, Rest>(from, image, r, c, v);
+    }
+  }
+
+  template <int P, int V, bool Rest>
+  void tile(const Patch<Unit>& patch, int64_t image, int64_t r, int64_t c, int64_t v) const {
+    const bool contiguous = patch.pixel == units;  // the window's columns are one
+    const int64_t columns = contiguous ? 1 : s.columns, depth = contiguous ? s.columns * units : units;
+    const int64_t top = std::max<int64_t>(0, s.rows / 2 - r), bottom = std::min(s.rows, s.height - r + s.rows / 2);
+    constexpr int64_t kStep = (V + Rest) * kLanes;
+    const Unit* w = &weights[v * s.taps() * units * kLanes + top * s.columns * units * kStep];
+    Vec sums[P][V] = {}, rests[Rest ? P / kRest : 1] = {}, mixed;
+    for (int64_t i = top; i < bottom; ++i) {
+      for (int64_t j = 0; j < columns; ++j) {
+        const Unit* x = patch.x + i * patch.row + j * patch.pixel;
+        for (int64_t k = 0; k < depth; ++k, w += kStep) {
+#pragma GCC unroll 16
+          for (int p = 0; p < P; ++p) {
+            const Vec input = T::spread(x[p * patch.pixel + k]);
+#pragma GCC unroll 4
+            for (int q = 0; q < V; ++q) T::step(sums[p][q], w + q * kLanes, input);
+            if (Rest) {
+              mixed = p % kRest ? with_quarter(mixed, input, p % kRest) : input;
+              if (p % kRest == kRest - 1) T::step(rests[p / kRest], w + V * kLanes, mixed);
+            }
+          }
+        }
+      }
+    }
+    int64_t at = ((image * s.height + r) * s.width + c) * s.outputs;
+    for (int64_t p = 0; p < std::min<int64_t>(P, s.width - c); ++p, at += s.outputs) {
+      for (int q = 0; q < V; ++q) {
+        const int64_t output = (v + q) * kLanes, count = std::min(kLanes, s.outputs - output);
+        store(y + at + output, epilogue(sums[p][q], output, at + output, count), count);
+      }
+      if (Rest) {
+        const int64_t output = (v + V) * kLanes, count = s.outputs - output;
+        store(y + at + output, epilogue(quarter(rests[p / kRest], p % kRest), output, at + output, count), count);
+      }
+    }
+  }
+
+  // The map itself, from the window of the strip's first row on.
+  Patch<Unit> map(const Strip& strip) const {
+    const int64_t pixel = views[0].channels / T::kInputs, row = s.width * pixel;
+    const int64_t first = (strip.image * s.height + strip.first - s.rows / 2) * row - s.columns / 2 * pixel;
+    return {reinterpret_cast<const Unit*>(static_cast<const In*>(views[0].map) + views[0].start) + first, row, pixel};
+  }
+
+  // The rows that a strip reads, with their border.
+  Patch<Unit> copied(const Strip& strip) const {
+    static thread_local std::vector<Unit> buffer;
+    const int64_t first = strip.first - s.rows / 2, rows = strip.last - strip.first + s.rows - 1;
+    const int64_t pixels = s.width + kMaxPixels + s.columns;
+    buffer.resize(rows * pixels * units);
+    for (int64_t r = 0; r < rows; ++r) copy_pixels(strip.image, first + r, -s.columns / 2, pixels, &buffer[r * pixels * units]);
+    return {buffer.data(), pixels * units, units};
+  }
+
+  // The pixels that a tile at the border reads.
+  Patch<Unit> border(int64_t image, int64_t r, int64_t c, int64_t pixels) const {
+    static thread_local std::vector<Unit> buffer;
+    buffer.resize(s.rows * pixels * units);
+    for (int64_t i = 0; i < s.rows; ++i)
+      copy_pixels(image, r + i - s.rows / 2, c - s.columns / 2, pixels, &buffer[i * pixels * units]);
+    return {buffer.data(), pixels * units, units};
+  }
+
+  // Pixels [c, c + count) of row r, zeros beside the image; nothing of a row outside of it, which nobody reads.
+  void copy_pixels(int64_t image, int64_t r, int64_t c, int64_t count, Unit* to) const {
+    if (r < 0 || r >= s.height) return;
+    const int64_t first = std::max<int64_t>(c, 0), last = std::min(c + count, s.width);
+    Unit* const inside = std::fill_n(to, (first - c) * units, Unit{});
+    int64_t before = 0;
+    for (const View& view : views) {
+      const int64_t pixel = (image * s.height + r) * s.width + first;
+      const In* from = static_cast<const In*>(view.map) + pixel * view.channels + view.start;
+      copy_view(from, view, last - first, inside + before / T::kInputs);
+      before += view.width;
+    }
+    std::fill(inside + (last - first) * units, to + count * units, Unit{});
+  }
+
+  // A range of channels of some pixels.
+  void copy_view(const In* from, const View& view, int64_t pixels, Unit* to) const {
+    constexpr int64_t kBlock = 32;
+    const int64_t bytes = view.width * sizeof(In);
+    const bool whole = view.width % T::kInputs == 0 && sizeof(In) * T::kInputs == sizeof(Unit);
+    for (int64_t c = 0; c < pixels; ++c, from += view.channels, to += units) {
+      __builtin_prefetch(from + 16 * view.channels);
+      if (whole) {
+        auto *target = reinterpret_cast<char*>(to);
+        const auto *source = reinterpret_cast<const char*>(from);
+        int64_t b = 0;
+        for (; b + kBlock <= bytes; b += kBlock) std::memcpy(target + b, source + b, kBlock);
+        std::memcpy(target + b, source + b, bytes - b);
+      } else {
+        for (int64_t k = 0; k < view.width; k += T::kInputs) to[k / T::kInputs] = T::unit(from + k, 1, view.width - k);
+      }
+    }
+  }
+
+  // Weights in the order in which `tile` reads them: groups of vectors, then window, units, vectors, lanes. The vector of a rest
+  // holds it once for each pixel that it serves.
+  Aligned<Unit> packed(const In* w) const {
+    Aligned<Unit> out;
+    out.reserve(s.vectors() * s.taps() * units * kLanes);
+    for (int64_t v = 0; v < s.vectors(); v += kGroup) {
+      const int64_t last = std::min(v + kGroup, s.vectors()) * kLanes;
+      for (int64_t tap = 0; tap < s.taps(); ++tap)
+        for (int64_t u = 0; u < units; ++u)
+          for (int64_t o = v * kLanes; o < last; ++o) {
+            const bool rest = has_rest(v) && o >= last - kLanes;
+            const int64_t k = u * T::kInputs, output = rest ? last - kLanes + o % kRest : o;
+            const In* from = w + (tap * s.inputs + k) * s.outputs + output;
+            out.push_back(output < s.outputs ? T::unit(from, s.outputs, s.inputs - k) : Unit{});
+          }
+    }
+    return out;
+  }
+};
+
+// All rows of all images; strips become thin towards the end, so that the threads finish together.
+std::vector<Strip> strips(const Shape& s, int64_t threads) {
+  std::vector<Strip> found;
+  for (int64_t n = 0; n < s.batch; ++n) {
+    for (int64_t r = 0, last; r < s.height; r = last) {
+      const int64_t left = (s.batch - n) * s.height - r;
+      last = std::min(s.height, r + std::clamp<int64_t>(left / (2 * threads), 1, kStrip));
+      found.push_back({n, r, last});
+    }
+  }
+  return found;
+}
+
+}  // namespace
