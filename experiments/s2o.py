@@ -30,6 +30,7 @@ from experiments import s2o_retrieval as retrieval
 from experiments.runs import define_card_flags
 from experiments.s2o_card import card
 from experiments.stages import Stages
+from jaxcomp.attention.baselines import dense
 from jaxcomp.attention.heads import KINDS
 
 NEEDLE_METHODS = ("s2o", "s2o + sub-means", "PBS-Attn", "XAttention", "MInference", "AnchorAttention")
@@ -76,6 +77,7 @@ def needles(config: ConfigDict, stages: Stages) -> dict[str, Any]:
     methods, variants = (made(config.block, config.segment) for made in (config.methods, config.ablations))
     methods = {name: methods[name] for name in NEEDLE_METHODS}
     methods |= {name if name == LOCAL else f"s2o, {name}": variants[name] for name in NEEDLE_VARIANTS}
+    methods[language.DENSE] = (lambda _: dense(block=config.block), (0.0,))
     out = {}
     for length in settings.lengths:
         for seed in config.ablation_seeds:
@@ -109,8 +111,8 @@ def text(config: ConfigDict, stages: Stages) -> dict[str, Any]:
     lm, windows, calibration = language.load(settings)
     methods = config.methods(settings.block, settings.segment)
     run = lambda name, work: stages.run(f"language, {name}", lambda: timed(work))
-    dense = lambda: [language.score(language.scorer(lm, lambda _: language.dense_attend), None, lm.params, windows)]
-    out = {language.DENSE: run(language.DENSE, dense)}
+    exact = lambda: [language.score(language.scorer(lm, lambda _: language.dense_attend), None, lm.params, windows)]
+    out = {language.DENSE: run(language.DENSE, exact)}
     for name in LANGUAGE_METHODS:
         out[name] = run(name, lambda name=name: language.uniform(lm, methods[name], windows))
     for name in CALIBRATED:
