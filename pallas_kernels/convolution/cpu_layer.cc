@@ -5,7 +5,7 @@
 // A task computes a strip of rows, a tile the sums of P pixels times up to 64 outputs, held in about 24 vectors of 16. Its inner
 // loop multiplies the P pixels under one element of the window, read where they are in the map, with a vector of weights per 16
 // outputs; up to 4 outputs beyond 48 take a vector for every 4 pixels. Copied are only pixels at the left and right border, with
-// zeros around them, and maps that are made of several ranges or are no units of the sums: whole rows, side by side.
+// zeros around them, and maps that are no units of the sums or are made of several ranges under a larger window: whole rows.
 // float32 sums; bfloat16 inputs are multiplied in pairs where the machine can (AVX512-BF16), elsewhere they become float32.
 #pragma once
 
@@ -41,12 +41,16 @@ struct Strip {
   int64_t image, first, last;
 };
 
-// What the window of a pixel at the left end reads: units from one row and from one pixel to the next.
+// What a row of the window reads, or a part of it, for the pixel at the left end: `depth` units on end. `row`, `pixel`: units
+// from one row and from one pixel to the next.
 template <class Unit>
-struct Patch {
+struct Part {
   const Unit* x;
-  int64_t row, pixel;
+  int64_t row, pixel, depth;
 };
+
+template <class Unit>
+using Source = std::vector<Part<Unit>>;
 
 template <class T, class In>
 class Layer {
@@ -56,21 +60,22 @@ class Layer {
   Layer(const Shape& shape, const std::vector<View>& views, const In* w, Epilogue<In> epilogue, In* y)
       : s(shape), views(views), units((s.inputs + T::kInputs - 1) / T::kInputs), weights(packed(w)), epilogue(epilogue), y(y) {
     constexpr bool as_in_memory = sizeof(In) * T::kInputs == sizeof(Unit);
-    in_place = as_in_memory && views.size() == 1 && views[0].channels % T::kInputs == 0 && views[0].width % T::kInputs == 0;
+    in_place = as_in_memory && (views.size() == 1 || s.taps() == 1);
+    for (const View& view : views) in_place = in_place && view.channels % T::kInputs == 0 && view.width % T::kInputs == 0;
   }
 
   void compute(const Strip& strip) const {
-    const Patch<Unit> source = in_place ? map(strip) : copied(strip);
+    Source<Unit> source = in_place ? maps(strip) : copied(strip);
     for (int64_t r = strip.first; r < strip.last; ++r) {
-      const Patch<Unit> patch{source.x + (r - strip.first) * source.row, source.row, source.pixel};
       for (int64_t v = 0; v < s.vectors(); v += kGroup) {
         switch (std::min(kGroup, s.vectors() - v)) {
-          case 1: row<12, 1>(patch, strip.image, r, v); break;
-          case 2: row<12, 2>(patch, strip.image, r, v); break;
-          case 3: row<8, 3>(patch, strip.image, r, v); break;
-          default: has_rest(v) ? row<8, 3, true>(patch, strip.image, r, v) : row<6, 4>(patch, strip.image, r, v);
+          case 1: row<12, 1>(source, strip.image, r, v); break;
+          case 2: row<12, 2>(source, strip.image, r, v); break;
+          case 3: row<8, 3>(source, strip.image, r, v); break;
+          default: has_rest(v) ? row<8, 3, true>(source, strip.image, r, v) : row<6, 4>(source, strip.image, r, v);
         }
       }
+      for (Part<Unit>& part : source) part.x += part.row;
     }
   }
 
@@ -91,30 +96,32 @@ class Layer {
 
   // One row of the result for V vectors of outputs from v on, and the rest behind them.
   template <int P, int V, bool Rest = false>
-  void row(const Patch<Unit>& patch, int64_t image, int64_t r, int64_t v) const {
+  void row(const Source<Unit>& source, int64_t image, int64_t r, int64_t v) const {
     for (int64_t c = 0; c < s.width; c += P) {
-      const bool inside = !in_place || (c >= s.columns / 2 && c + P + s.columns / 2 <= s.width);
-      const Patch<Unit> from =
-          inside ? Patch<Unit>{patch.x + c * patch.pixel, patch.row, patch.pixel} : border(image, r, c, P + s.columns - 1);
-      tile<P, V, Rest>(from, image, r, c, v);
+      if (!in_place || (c >= s.columns / 2 && c + P + s.columns / 2 <= s.width)) {
+        tile<P, V, Rest>(source.data(), source.data() + source.size(), c, image, r, c, v);
+      } else {
+        const Part<Unit> part = border(image, r, c, P + s.columns - 1);
+        tile<P, V, Rest>(&part, &part + 1, 0, image, r, c, v);
+      }
     }
   }
 
+  // `first`: of the tile's pixels, counted from the one where the parts [begin, end) begin.
   template <int P, int V, bool Rest>
-  void tile(const Patch<Unit>& patch, int64_t image, int64_t r, int64_t c, int64_t v) const {
-    const bool contiguous = patch.pixel == units;  // the window's columns are one
-    const int64_t columns = contiguous ? 1 : s.columns, depth = contiguous ? s.columns * units : units;
+  void tile(const Part<Unit>* begin, const Part<Unit>* end, int64_t first, int64_t image, int64_t r, int64_t c, int64_t v) const {
     const int64_t top = std::max<int64_t>(0, s.rows / 2 - r), bottom = std::min(s.rows, s.height - r + s.rows / 2);
     constexpr int64_t kStep = (V + Rest) * kLanes;
     const Unit* w = &weights[v * s.taps() * units * kLanes + top * s.columns * units * kStep];
     Vec sums[P][V] = {}, rests[Rest ? P / kRest : 1] = {}, mixed;
     for (int64_t i = top; i < bottom; ++i) {
-      for (int64_t j = 0; j < columns; ++j) {
-        const Unit* x = patch.x + i * patch.row + j * patch.pixel;
+      for (const Part<Unit>* part = begin; part < end; ++part) {
+        const int64_t pixel = part->pixel, depth = part->depth;
+        const Unit* x = part->x + i * part->row + first * pixel;
         for (int64_t k = 0; k < depth; ++k, w += kStep) {
 #pragma GCC unroll 16
           for (int p = 0; p < P; ++p) {
-            const Vec input = T::spread(x[p * patch.pixel + k]);
+            const Vec input = T::spread(x[p * pixel + k]);
 #pragma GCC unroll 4
             for (int q = 0; q < V; ++q) T::step(sums[p][q], w + q * kLanes, input);
             if (Rest) {
@@ -138,30 +145,37 @@ class Layer {
     }
   }
 
-  // The map itself, from the window of the strip's first row on.
-  Patch<Unit> map(const Strip& strip) const {
-    const int64_t pixel = views[0].channels / T::kInputs, row = s.width * pixel;
-    const int64_t first = (strip.image * s.height + strip.first - s.rows / 2) * row - s.columns / 2 * pixel;
-    return {reinterpret_cast<const Unit*>(static_cast<const In*>(views[0].map) + views[0].start) + first, row, pixel};
+  // The maps themselves, from the window of the strip's first row on.
+  Source<Unit> maps(const Strip& strip) const {
+    Source<Unit> source;
+    for (const View& view : views) {
+      const int64_t pixel = view.channels / T::kInputs, row = s.width * pixel;
+      const int64_t first = (strip.image * s.height + strip.first - s.rows / 2) * row - s.columns / 2 * pixel;
+      const auto *x = reinterpret_cast<const Unit*>(static_cast<const In*>(view.map) + view.start) + first;
+      const bool contiguous = pixel == units;  // from column to column of the window
+      const int64_t parts = contiguous ? 1 : s.columns, depth = view.width / T::kInputs;
+      for (int64_t j = 0; j < parts; ++j) source.push_back({x + j * pixel, row, pixel, contiguous ? s.columns * depth : depth});
+    }
+    return source;
   }
 
   // The rows that a strip reads, with their border.
-  Patch<Unit> copied(const Strip& strip) const {
+  Source<Unit> copied(const Strip& strip) const {
     static thread_local std::vector<Unit> buffer;
     const int64_t first = strip.first - s.rows / 2, rows = strip.last - strip.first + s.rows - 1;
     const int64_t pixels = s.width + kMaxPixels + s.columns;
     buffer.resize(rows * pixels * units);
     for (int64_t r = 0; r < rows; ++r) copy_pixels(strip.image, first + r, -s.columns / 2, pixels, &buffer[r * pixels * units]);
-    return {buffer.data(), pixels * units, units};
+    return {{buffer.data(), pixels * units, units, s.columns * units}};
   }
 
   // The pixels that a tile at the border reads.
-  Patch<Unit> border(int64_t image, int64_t r, int64_t c, int64_t pixels) const {
+  Part<Unit> border(int64_t image, int64_t r, int64_t c, int64_t pixels) const {
     static thread_local std::vector<Unit> buffer;
     buffer.resize(s.rows * pixels * units);
     for (int64_t i = 0; i < s.rows; ++i)
       copy_pixels(image, r + i - s.rows / 2, c - s.columns / 2, pixels, &buffer[i * pixels * units]);
-    return {buffer.data(), pixels * units, units};
+    return {buffer.data(), pixels * units, units, s.columns * units};
   }
 
   // Pixels [c, c + count) of row r, zeros beside the image; nothing of a row outside of it, which nobody reads.
