@@ -57,3 +57,11 @@ def test_other_kinds_and_longer_sequences_run_at_the_first_density_alone(monkeyp
     for part in ("mixed:16384", "mixed:32768", "stripe:4096"):
         speed.measure(part, Options())
     assert seen == [(0.16, 1.0), (0.16,), (0.16,)]
+
+
+def test_the_share_of_planning_is_stated():
+    phase = lambda setting, *seconds: dict(
+        method="xla/phases", setting=setting, kind="mixed", length=64, seconds=seconds
+    )
+    (*_, text) = speed.departures([phase("sort", 1.0, 2.0, 1.0), phase("lists", 10.0, 10.0, 8.0)])
+    assert text.endswith("mixed at 64 12%.")
