@@ -175,8 +175,9 @@ def card(config: ConfigDict, results: Results, speed: Mapping[str, Any]) -> Card
         "SkyReels-V2 or MAGI-1; PSNR is to the uncached run of the same model.",
         "All methods share one table of distances, measured on the uncached run of the world; the published programs use a "
         "polynomial of the time modulation (SkyReels-V2) or the embedded input (MAGI-1).",
-        "Each method takes its best threshold, and kind of reuse, within the budget, FlowCache too; every budget counts "
-        "the places of a capacity that padding fills.",
+        "Each method takes its best threshold within the budget, FlowCache too; every budget counts the places of a capacity "
+        "that padding fills. All reuse the network's output, as MAGI-1's program does; SkyReels-V2's reuses the residual of "
+        "the trunk.",
         "Chunks are integrated by Euler steps, not UniPC.",
         *verdicts(results, config),
     ]

@@ -20,7 +20,7 @@ def get_config() -> ConfigDict:
             control_floors=(0.6,),  # alpha of random, latent and oracle tokens
             threshold_range=(0.02, 1.2),  # thresholds as shares of the sum of all distances
             threshold_count=24,
-            reuses=dict(field=("output",), video=("output", "residual")),
+            reuses=dict(field=("output",), video=("output",)),  # also "residual", "displacement"
             field=dict(
                 videos=12,
                 frames=4,
