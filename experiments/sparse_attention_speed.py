@@ -101,7 +101,7 @@ def _planning(found: Sequence[Mapping[str, Any]]) -> list[str]:
     }
     listed = ", ".join(f"{part} {share:.0%}" for part, share in shares.items())
     claim = (
-        "Guide, scores and sort take this share of a call at the first density (paper: below 10 % from 32K tokens on)"
+        "Guide, scores and sort take this share of a call at the first density (paper: below 10 % of the time gained)"
     )
     return [f"{claim}: {listed}."] if shares else []
 
