@@ -3,12 +3,14 @@
     JAXCOMP_DATA=FOLDER python -m experiments.rlfn --workdir=runs/rlfn_card [--methods=rtn_w8a8 ...] [--out=experiments/results]
 
 The folder holds sr/weights/rlfn_x4.safetensors and sr/set5. GPTQ calibrates on images that ship with scikit-image. Scores are
-kept in the workdir: a run that was killed goes on. Speed and trainings are cited from the cards of `experiments.sr_speed` and
-`experiments.sr_budget` (`sr_stages`) where they lie in the same folder. About 8 minutes on two idle CPU cores.
+kept in the workdir: a run that was killed goes on; scores of other weights, images or jax are refused. Speed and trainings are
+cited from the cards of `experiments.sr_speed` and `experiments.sr_budget` (`sr_stages`) where they lie in the same folder.
+About 8 minutes on two idle CPU cores.
 """
 
 import dataclasses
 import functools
+import hashlib
 import os
 import pathlib
 import shlex
@@ -25,6 +27,7 @@ from absl import app, flags
 
 from experiments import sr
 from experiments.cards import Card, Row, current_commit
+from experiments.stages import Stages
 from jaxcomp.core.apply import explain
 from jaxcomp.core.calibrate import Calibration
 from jaxcomp.core.leaf import nbytes
@@ -32,7 +35,6 @@ from jaxcomp.core.rules import Rule
 from jaxcomp.core.transform import Transform, chain, compress, identity
 from jaxcomp.data.bicubic import imresize
 from jaxcomp.evaluate.restoration import Restoration, restorer
-from jaxcomp.io.files import read_json, replacing, write_json
 from jaxcomp.io.super_resolution import load_super_resolver
 from jaxcomp.models.rlfn import RLFN
 from jaxcomp.quantize import gptq, rtn
@@ -126,16 +128,23 @@ def score(
     return Scored(*sr.scores(restorer(network, small), pairs, model.scale), nbytes(small))
 
 
-def kept(path: pathlib.Path, make: Callable[[], Scored]) -> Scored:
-    """The scores in a file, which `make` fills first if it is not there."""
-    if not path.exists():
+def kept(stages: Stages, name: str, make: Callable[[], Scored]) -> Scored:
+    """The scores of a method, which `make` finds if the stages do not hold them."""
+
+    def work() -> dict[str, Any]:
         found = make()
-        body = {"y": dataclasses.asdict(found.y), "rgb": dataclasses.asdict(found.rgb), "bytes": found.bytes}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
-            write_json(temporary, body)
-    body = read_json(path)
+        return {"y": dataclasses.asdict(found.y), "rgb": dataclasses.asdict(found.rgb), "bytes": found.bytes}
+
+    body = stages.run(name, work)
     return Scored(Restoration(**body["y"]), Restoration(**body["rgb"]), body["bytes"])
+
+
+def identity_of(weights: pathlib.Path, pairs: Sequence[tuple[str, sr.Image, sr.Image]]) -> dict[str, Any]:
+    """What scores depend on beside the methods: digests of weights and images, the calibration, the version of jax."""
+    digest = lambda data: hashlib.sha256(data).hexdigest()[:16]
+    images = {name: digest(low.tobytes() + high.tobytes()) for name, low, high in pairs}
+    calibrated = {"calibration": [*CALIBRATION, _CROP], "jax": jax.__version__}
+    return {"weights": digest(weights.read_bytes()), "images": images} | calibrated
 
 
 def rows(found: Mapping[str, Scored], bicubic: Sequence[Restoration], scale: int) -> list[Row]:
@@ -161,6 +170,7 @@ def define_flags() -> None:
     """The flags of the script."""
     flags.DEFINE_string("workdir", None, "Folder of the scores.", required=True)
     flags.DEFINE_multi_enum("methods", list(METHODS), list(METHODS), "Methods to run beside the float network.")
+    flags.DEFINE_bool("overwrite", False, "Discard scores of other weights or images.")
     flags.DEFINE_string("out", "experiments/results", "Folder of the result card.")
 
 
@@ -171,11 +181,12 @@ def main(argv) -> None:
     if "JAXCOMP_DATA" not in os.environ:
         raise SystemExit("rlfn: set JAXCOMP_DATA to a folder that holds sr/weights and sr/set5")
     data = pathlib.Path(os.environ["JAXCOMP_DATA"])
-    model, params = load_super_resolver("rlfn_x4", data / "sr" / "weights" / "rlfn_x4.safetensors")
+    weights = data / "sr" / "weights" / "rlfn_x4.safetensors"
+    model, params = load_super_resolver("rlfn_x4", weights)
     pairs, stats, found = sr.set5(data), calibration(model), {}
+    stages = Stages(args.workdir, identity_of(weights, pairs), overwrite=args.overwrite)
     for name in dict.fromkeys([FLOAT, *args.methods]):
-        path = pathlib.Path(args.workdir) / f"{name}.json"
-        found[name] = kept(path, functools.partial(score, name, model, params, stats, pairs))
+        found[name] = kept(stages, name, functools.partial(score, name, model, params, stats, pairs))
         print(f"{LABELS[name]}: {found[name].y.psnr:.2f} dB, {found[name].bytes / 1e6:.2f} MB", flush=True)
     bicubic = sr.scores(lambda low: np.asarray(imresize(low, model.scale)), pairs, model.scale)
     result = rows(found, bicubic, model.scale) + cited(args.out)

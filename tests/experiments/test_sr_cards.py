@@ -7,10 +7,12 @@ import pytest
 
 from experiments import ditn, rlfn, sr, sr_budget
 from experiments.cards import Card, Row
+from experiments.stages import Stages
 from jaxcomp.core.rules import Rule
 from jaxcomp.core.transform import compress
 from jaxcomp.data.bicubic import imresize
 from jaxcomp.evaluate.throughput import Paired
+from jaxcomp.io.files import CheckpointError
 from jaxcomp.io.super_resolution import param_shapes
 from jaxcomp.models.ditn import DITN
 from jaxcomp.models.rlfn import RLFN
@@ -45,9 +47,15 @@ def test_rlfn_rows_compare_with_float(monkeypatch, tmp_path):
     high = rng.integers(0, 256, (80, 72, 3), np.uint8)
     pairs = [("noise", *sr.degrade(high, 4))]
     stats = rlfn.calibration(model)
-    path = tmp_path / "kept" / "rtn_w8a8.json"
-    eight_bits = rlfn.kept(path, lambda: rlfn.score("rtn_w8a8", model, params, stats, pairs))
-    assert rlfn.kept(path, lambda: pytest.fail("scored again")) == eight_bits
+    weights = tmp_path / "weights"
+    weights.write_bytes(b"some")
+    stages = Stages(tmp_path / "kept", rlfn.identity_of(weights, pairs))
+    eight_bits = rlfn.kept(stages, "rtn_w8a8", lambda: rlfn.score("rtn_w8a8", model, params, stats, pairs))
+    again = Stages(tmp_path / "kept", rlfn.identity_of(weights, pairs))
+    assert rlfn.kept(again, "rtn_w8a8", lambda: pytest.fail("scored again")) == eight_bits
+    weights.write_bytes(b"others")
+    with pytest.raises(CheckpointError):
+        Stages(tmp_path / "kept", rlfn.identity_of(weights, pairs))
     scored = {"float": rlfn.score("float", model, params, stats, pairs), "rtn_w8a8": eight_bits}
     rows = rlfn.rows(scored, sr.scores(lambda low: np.asarray(imresize(low, 4)), pairs, 4), 4)
     found = {(row.method, row.metric): row for row in rows}
@@ -79,7 +87,7 @@ def test_speed_compares_equal_networks_only():
     functions = {"plain Flax": lambda: ours, sr_speed.BEST: lambda: ours, sr_speed.PEER: lambda: theirs}
     sr_speed.check(functions, "float32")
     with pytest.raises(
-        ArithmeticError, match=r"C\+\+ convolutions and PyTorch differ by 9.1e-02 of the span; nothing was timed"
+        ArithmeticError, match=r"C\+\+ convolutions, fused and PyTorch differ by 9.1e-02 of the span; nothing was timed"
     ):
         sr_speed.check(functions | {sr_speed.BEST: lambda: ours + 1}, "float32")
 
@@ -93,14 +101,14 @@ def test_speed_rows_are_ratios_to_the_peer():
     rows = sr_speed.rows("RLFN", (4, 6), "float32", Paired(seconds, (0.5, 1.0), 2))
     assert {row.method: row.value for row in rows if row.metric == "runtime_ms"} == {
         "RLFN: plain Flax": 4000.0,
-        "RLFN: C++ convolutions": 1000.0,
+        "RLFN: C++ convolutions, fused": 1000.0,
         "RLFN: PyTorch": 2000.0,
     }
     ratios = {row.method: row.value for row in rows if row.metric == "speedup_vs_pytorch"}
-    assert ratios == {"RLFN: plain Flax": 0.5, "RLFN: C++ convolutions": 2.0}
-    assert sr_speed.departures(rows)[0] == "JAX with C++ convolutions is faster in every row."
-    slow = [Row("RLFN: C++ convolutions", "here", "speedup_vs_pytorch", "", 0.5, 0.5, 0.5)]
-    assert sr_speed.departures(slow)[0] == "Slower than PyTorch: RLFN: C++ convolutions at here (0.50x)."
+    assert ratios == {"RLFN: plain Flax": 0.5, "RLFN: C++ convolutions, fused": 2.0}
+    assert sr_speed.departures(rows)[0] == "JAX with C++ convolutions, fused is faster in every row."
+    slow = [Row("RLFN: C++ convolutions, fused", "here", "speedup_vs_pytorch", "", 0.5, 0.5, 0.5)]
+    assert sr_speed.departures(slow)[0] == "Slower than PyTorch: RLFN: C++ convolutions, fused at here (0.50x)."
 
 
 def test_sizes_are_height_by_width():
