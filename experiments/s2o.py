@@ -139,6 +139,22 @@ def _described(config: ConfigDict, methods: Callable[[int, int], Mapping[str, op
     return {"source": experiment.source_digest(methods), "thresholds": thresholds}
 
 
+def identity(config: ConfigDict, part: str) -> dict[str, Any]:
+    """All that the results of a part depend on: a change of another part's settings leaves them valid."""
+    settings, made = DEPENDS[part]
+    own = {name: config.to_dict()[name] for name in ("block", "segment", *settings)}
+    if part in ("language", "recall"):
+        own["decoder"] = experiment.fingerprint(config[part].model)
+    return own | {name: _described(config, config[name]) for name in made} | {"jax": jax.__version__}
+
+
+DEPENDS = {  # part: settings, functions that make methods
+    "heads": (("length", "seeds"), ("methods",)),
+    "ablations": (("length", "ablation_seeds"), ("ablations",)),
+    "needles": (("needle", "ablation_seeds"), ("methods", "ablations")),
+    "recall": (("recall",), ("methods", "ablations")),
+    "language": (("language",), ("methods",)),
+}
 PARTS = {"heads": heads, "ablations": ablations, "needles": needles, "recall": recalls, "language": text}
 
 
@@ -147,12 +163,8 @@ def main(argv) -> None:
     del argv
     logging.set_verbosity(logging.WARNING)
     config, f = flags.FLAGS.config, flags.FLAGS
-    facts = {name: _described(config, config[name]) for name in ("methods", "ablations")} | {"jax": jax.__version__}
-    identity = {part: config.to_dict() | facts for part in f.parts}
     try:
-        for part in identity.keys() & {"language", "recall"}:
-            identity[part]["decoder"] = experiment.fingerprint(config[part].model)
-        stages = {part: Stages(f"{f.out}/{part}", identity[part], overwrite=f.overwrite) for part in f.parts}
+        stages = {part: Stages(f"{f.out}/{part}", identity(config, part), overwrite=f.overwrite) for part in f.parts}
         results = {part: PARTS[part](config, stages[part]) for part in f.parts}
     except (ValueError, OSError, KeyError, FloatingPointError) as error:
         sys.exit(f"s2o: {error}")
