@@ -60,9 +60,9 @@ def ablations(block, segment):
         "guide mean_key": (variant(guide="mean_key"), GAINS),
         "stop by the maximum gain": (variant(aggregate="max"), tuple(4 * g for g in GAINS)),
         "stop by budget": (variant(stop="budget"), (0.8, 0.6, 0.4, 0.25, 0.12)),
-        "stop fixed beforehand (prefix_cdf)": (variant(stop="prefix_cdf"), (0.8, 0.6, 0.4, 0.2, 0.1)),
-        "blocks of 16 keys": (variant(block_k=16), tuple(g / 4 for g in GAINS)),
-        "granules of 64 keys": (lambda t: granules(t, granule=64, **sizes), GAINS),
+        "stop fixed beforehand (prefix_cdf)": (variant(stop="prefix_cdf"), (0.6, 0.4, 0.2, 0.1, 0.05, 0.02)),
+        "blocks of 16 keys": (variant(block_k=16), tuple(g / 8 for g in GAINS)),
+        "granules of 64 keys": (lambda t: granules(t, granule=64, **sizes), tuple(g / 2 for g in GAINS)),
         "keys unranked (newest first)": (lambda t: unranked(t, **sizes), tuple(g / 8 for g in GAINS)),
         "local window only": (lambda t: local_window(**sizes), (0.5,)),
     }
