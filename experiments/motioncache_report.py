@@ -29,9 +29,12 @@ SHOWN = ("uniform", "TeaCache", "FlowCache", "MotionCache (SkyReels-V2 program)"
 def curves(path: pathlib.Path, results: Mapping[Any, list[dict[str, Any]]], config: ConfigDict) -> None:
     """PSNR by the budget of tokens, one panel per world."""
     names = list(dict.fromkeys(world for world, _, _ in results))
-    figure, axes = plt.subplots(1, len(names), figsize=(5.2 * len(names), 4.2), squeeze=False)
+    figure, axes = plt.subplots(
+        1, len(names), figsize=(5.2 * len(names) + 3.2, 4.4), squeeze=False, layout="constrained"
+    )
     for axis, name in zip(axes[0], names, strict=True):
         methods = list(dict.fromkeys(m for world, m, _ in results if world == name))
+        axis.set_prop_cycle(color=plt.get_cmap("tab20").colors)
         for method in methods:
             if method not in SHOWN and not method.startswith(("MotionCache, x0", "oracle", "random")):
                 continue
@@ -40,8 +43,7 @@ def curves(path: pathlib.Path, results: Mapping[Any, list[dict[str, Any]]], conf
             axis.plot([100 * b for b in config.budgets], values, style, marker="o", label=method)
         axis.set(title=name, xlabel="computed tokens (%), at most", ylabel="PSNR to the uncached run (dB)")
         axis.grid(alpha=0.3)
-    axes[0, -1].legend(fontsize=7)
-    figure.tight_layout()
+    axes[0, -1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.02, 0.5))
     _save(path, figure)
 
 

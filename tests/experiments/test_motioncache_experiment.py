@@ -54,11 +54,18 @@ def records(**psnr):
 @pytest.mark.parametrize("psnr, verdict", [(40.0, "meets the bar: +8.0 dB"), (34.0, "MISSES the bar: +2.0 dB")])
 def test_the_card_says_whether_the_bar_is_met(psnr, verdict):
     config = motioncache_config.get_config()
-    results = records(FlowCache=32.0, **{"MotionCache, x0 estimate, alpha 0.6": psnr})
+    results = records(FlowCache=32.0, TeaCache=35.0, **{"MotionCache, x0 estimate, alpha 0.6": psnr})
     card = motioncache.card(config, results, {})
     assert any(verdict in line for line in card.departures)
     gains = [row for row in card.rows if row.metric == "gain over FlowCache"]
-    assert [row.value for row in gains] == [psnr - 32.0]
+    assert [row.value for row in gains] == [3.0, psnr - 32.0]
+    assert any("over TeaCache" in line and f"{psnr - 35:+.2f} dB" in line for line in card.departures)
+
+
+def test_worlds_are_chosen_by_name():
+    assert motioncache.chosen_worlds(["moving", "field"]) == [motioncache.FIELD, motioncache.MOVING]
+    with pytest.raises(ValueError, match="expected some of field, still, moving, found 'sea'"):
+        motioncache.chosen_worlds(["sea"])
 
 
 def tiny_training():
