@@ -62,6 +62,7 @@ def test_card_has_ratios_losses_and_the_paper_beside_them(tmp_path):
     assert any("vertical head" in d and "s2o (0.05) loses to MInference" in d for d in made.departures)
     assert not any("loses to PBS" in d for d in made.departures)
     assert any("PBS-Attn over that of s2o >= 3.8: 4: met" in d for d in made.departures)
+    assert made.departures[-1].endswith("not measured here: ablations, needles, recall, language.")
 
 
 def test_variants_that_win_a_kind_back_are_named(tmp_path):
