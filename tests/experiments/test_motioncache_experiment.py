@@ -11,8 +11,9 @@ from experiments import motioncache
 from experiments.motioncache_worlds import Score, best, field_world, methods, reference, score, thresholds
 from experiments.train_video_dit import draw, draw_times, train
 from jaxcomp.data.embedded_video import load_video_dit, save_video_dit
+from jaxcomp.data.shapes import random_scene, render
 from jaxcomp.io.files import CheckpointError
-from jaxcomp.models.video_dit import VideoDiTConfig
+from jaxcomp.models.video_dit import VideoDiTConfig, patchify
 
 
 def small_field():
@@ -87,6 +88,26 @@ def test_training_resumes_to_the_same_parameters_and_draws_sheets(tmp_path):
     loaded, params = load_video_dit(tmp_path / "model")
     assert loaded == model
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), params, whole.average)
+
+
+def test_the_shipped_model_goes_on_with_a_video():
+    """Its estimate of a noisy chunk after a given one is much nearer than the last given frame."""
+    model, params = load_video_dit()
+    size = model.config
+
+    @jax.jit
+    def errors(params):
+        scene = random_scene(jax.random.key(5), 4, size.size)
+        x0 = patchify(render(scene, 2 * size.frames, size.size), size)
+        t = jnp.broadcast_to(jnp.array([0.0, 0.7]), (4, 2))
+        wide = t[:, :, None, None]
+        x = x0 + wide * (jax.random.normal(jax.random.key(6), x0.shape) - x0)
+        clean = x - wide * model.apply({"params": params}, x, t, scene.kind)
+        copied = jnp.tile(x0[:, 0, -size.frame_tokens :], (1, size.frames, 1))
+        return [jnp.mean(jnp.square(guess - x0[:, 1])) for guess in (clean[:, 1], copied)]
+
+    clean, copied = errors(params)
+    assert clean < 0.5 * copied
 
 
 def test_draws_depend_on_the_key_alone_and_prefixes_are_almost_clean():
