@@ -8,6 +8,7 @@ import json
 import math
 import pathlib
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -135,6 +136,12 @@ def current_commit() -> str:
     command = ["git", "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
     found = subprocess.run(command, cwd=pathlib.Path(__file__).parent, capture_output=True, text=True, check=False)
     return found.stdout.strip() or "unknown"
+
+
+def command_line(module: str, arguments: Sequence[str]) -> str:
+    """The command that makes a card again: without `--out`, and absolute paths as FOLDER/name."""
+    kept = [argument for argument in arguments if not argument.startswith("--out=")]
+    return shlex.join(["python", "-m", module, *(re.sub(r"(^|=)/(?:.*/)?([^/]+)/?$", r"\1FOLDER/\2", a) for a in kept)])
 
 
 def _build(cls: type, body: Any, what: str) -> Any:

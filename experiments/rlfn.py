@@ -13,7 +13,6 @@ import functools
 import hashlib
 import os
 import pathlib
-import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +25,7 @@ import numpy as np
 from absl import app, flags
 
 from experiments import sr
-from experiments.cards import Card, Row, current_commit
+from experiments.cards import Card, Row, command_line, current_commit
 from experiments.stages import Stages
 from jaxcomp.core.apply import explain
 from jaxcomp.core.calibrate import Calibration
@@ -191,7 +190,7 @@ def main(argv) -> None:
     bicubic = sr.scores(lambda low: np.asarray(imresize(low, model.scale)), pairs, model.scale)
     result = rows(found, bicubic, model.scale) + cited(args.out)
     paper = "Residual Local Feature Network for Efficient Super-Resolution, CVPRW 2022, arXiv 2205.07514"
-    command = "JAXCOMP_DATA=FOLDER " + shlex.join(["python", "-m", "experiments.rlfn", *sys.argv[1:]])
+    command = "JAXCOMP_DATA=FOLDER " + command_line("experiments.rlfn", sys.argv[1:])
     device = f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, jax {jax.__version__}"
     minutes = (time.monotonic() - start) / 60
     card = Card("rlfn", paper, command, current_commit(), device, minutes, [0], result, DEPARTURES)

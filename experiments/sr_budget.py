@@ -11,7 +11,6 @@ sr/set5. About 25 and 10 minutes on one idle CPU core.
 import itertools
 import os
 import pathlib
-import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -23,7 +22,7 @@ from jaxtyping import Float
 
 from configs.sr import budget
 from experiments import sr, train_sr
-from experiments.cards import Card, Row, current_commit
+from experiments.cards import Card, Row, command_line, current_commit
 from jaxcomp.data.bicubic import imresize
 from jaxcomp.evaluate.restoration import restorer
 from jaxcomp.io.super_resolution import param_shapes
@@ -115,7 +114,7 @@ def main(argv) -> None:
     luma, _ = sr.scores(lambda low: np.asarray(imresize(low, 4)), pairs, 4)
     bicubic = {"psnr_y": np.array([list(luma.psnrs.values())]), "ssim_y": np.array([list(luma.ssims.values())])}
     paper = "RLFN: arXiv 2205.07514; IMDN: arXiv 1909.11856; DITN: arXiv 2308.02794"
-    command = "JAXCOMP_DATA=FOLDER " + shlex.join(["python", "-m", "experiments.sr_budget", *sys.argv[1:]])
+    command = "JAXCOMP_DATA=FOLDER " + command_line("experiments.sr_budget", sys.argv[1:])
     device, minutes = f"{jax.devices()[0].device_kind}, jax {jax.__version__}", (time.monotonic() - start) / 60
     notes = (*DEPARTURES, f"Convention: {luma.convention}.")
     found_rows = rows(found, bicubic, "set5 x4")

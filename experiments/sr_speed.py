@@ -10,7 +10,6 @@ channels-last layout, without torch.compile. Needs the extra `parity` and a C++ 
 import itertools
 import os
 import pathlib
-import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -25,7 +24,7 @@ import torch
 from absl import app, flags
 
 from experiments import sr, torch_sr
-from experiments.cards import Card, Row, current_commit
+from experiments.cards import Card, Row, command_line, current_commit
 from jaxcomp.core.apply import compressed
 from jaxcomp.core.transform import Transform, compress, identity
 from jaxcomp.deploy import cpu_convolutions, fuse_convolutions
@@ -220,7 +219,7 @@ def main(argv) -> None:
     weights = pathlib.Path(os.environ["JAXCOMP_DATA"]) / "sr" / "weights"
     found, load_seen = measure(weights, [parse_size(text) for text in args.sizes], args.rounds)
     paper = "RLFN: Kong et al., CVPRW 2022, arXiv 2205.07514; IMDN: Hui et al., 2019, arXiv 1909.11856"
-    command = "JAXCOMP_DATA=FOLDER " + shlex.join(["python", "-m", "experiments.sr_speed", *sys.argv[1:]])
+    command = "JAXCOMP_DATA=FOLDER " + command_line("experiments.sr_speed", sys.argv[1:])
     versions = f"jax {jax.__version__}, torch {torch.__version__}"
     device = f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, load {load_seen:.1f}{priority()}, {versions}"
     minutes = (time.monotonic() - start) / 60

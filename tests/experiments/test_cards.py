@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from experiments.cards import Card, Row, current_commit, main
+from experiments.cards import Card, Row, command_line, current_commit, main
 
 ROWS = (
     Row("float", "W4A16", "perplexity", "", 50.0, 48.0, 52.0),
@@ -94,3 +94,9 @@ def test_markdown_is_rebuilt_from_json(tmp_path):
 
 def test_commit_is_one_word():
     assert current_commit() and " " not in current_commit()
+
+
+def test_command_names_no_folder_of_one_machine():
+    arguments = ["--out=/a/b", "--workdir=/runs/x", "--seeds=0,1", "/data/pictures/", "relative/path"]
+    expected = "python -m experiments.some --workdir=FOLDER/x --seeds=0,1 FOLDER/pictures relative/path"
+    assert command_line("experiments.some", arguments) == expected
