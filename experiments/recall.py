@@ -1,4 +1,4 @@
-"""Recall in real text: passages of symbols that it lacks come a second time, where a decoder must look back to continue them."""
+"""Recall in real text: passages of random symbols come a second time, where a decoder must look back to continue them."""
 
 from __future__ import annotations
 

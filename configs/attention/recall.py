@@ -7,7 +7,7 @@ Expected: the second time all but one in fifty symbols are right, at 64 tokens w
 
 from ml_collections import ConfigDict
 
-STAGES = ((64, 64, 1, 300), (256, 8, 4, 80), (1024, 2, 8, 60), (2048, 1, 12, 60))
+STAGES = ((64, 64, 1, 200), (256, 8, 4, 80), (1024, 2, 8, 80), (2048, 1, 12, 60))
 
 
 def get_config() -> ConfigDict:
@@ -18,7 +18,7 @@ def get_config() -> ConfigDict:
             # Fields of jaxcomp.models.LlamaConfig; norms on queries and keys let heads sharpen within few steps.
             model=dict(
                 family="qwen3",
-                vocab_size=256,
+                vocab_size=128,
                 hidden_size=64,
                 intermediate_size=128,
                 num_layers=2,
@@ -29,7 +29,7 @@ def get_config() -> ConfigDict:
             ),
             rope_theta=1e5,  # slow dimensions hardly turn over 2048 tokens: what is sought is found at any distance
             query_chunk=512,  # rows of attention scores held at once
-            symbols=(128, 256),  # of passages; text has those below
+            symbols=(0, 128),  # of passages: those of text, in any order
             span=24,  # symbols of a passage
             prompt=2,  # of them before the first that must be right
             stages=STAGES,  # tokens, sequences of a batch, passages of a sequence, steps

@@ -96,11 +96,11 @@ def get_config() -> ConfigDict:
             ),
             recall=dict(
                 model="runs/recall/model",
-                lengths=(2048, 4096),
+                lengths=(2048,),
                 depths=(0.0, 0.25, 0.5, 0.75, 0.95),
                 block=32,
                 segment=32,
-                symbols=(128, 256),
+                symbols=(0, 128),
                 span=24,  # symbols of a passage
                 prompt=4,  # of them given at the end
                 repeats=3,
