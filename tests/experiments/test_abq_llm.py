@@ -61,7 +61,7 @@ def test_bars_follow_the_numbers():
     assert "W2A8 31.00, W2*A8 27.00, W4A8 24.00: they close 57% of the gap, at least the promised half" in said
     assert "all within 1e-3" in said and "NOT" not in said
     assert "W2*A8, abq-kl against abq (2 seeds): paired ratio 1.0370 [1.0370, 1.0370], worse." in said
-    assert "W2*A8, abq-fc1 against abq: paired ratio 1.0000 [1.0000, 1.0000], no clear effect." in said
+    assert "W2*A8, abq-fc1 against abq (2 seeds): paired ratio 1.0000 [1.0000, 1.0000], no clear effect." in said
 
 
 @pytest.mark.parametrize(
