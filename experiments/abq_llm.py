@@ -71,6 +71,7 @@ def run_all(config: ConfigDict, out: pathlib.Path, seeds: Any, schemes: Any, ove
         for scheme in schemes:
             for method, record in run_scheme(work, out, scheme, overwrite):
                 results.setdefault((scheme, method), []).append(record)
+            jax.clear_caches()  # programs serve one scheme; those of all exceed the memory maps that a process may have
     return results
 
 
