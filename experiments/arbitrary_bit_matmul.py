@@ -171,7 +171,7 @@ def departures(rows: Sequence[Row]) -> list[str]:
     """Which bars hold, in numbers, and how the C++ kernel compares with PyTorch's int4 product."""
     times: dict[tuple[str, ...], dict[str, str]] = {}  # (method, shape, rows) -> {cores: speedup}
     for r in (r for r in rows if r.metric == "speedup"):
-        shape, count, cores, _ = r.setting.split(", ")
+        shape, count, cores, *_ = r.setting.split(", ")
         times.setdefault((r.method, shape, count), {})[cores] = f"{r.value:.2f}x"
     found = []
     for scheme, name, shape, least in BARS:
