@@ -194,12 +194,17 @@ def define_flags() -> None:
     flags.DEFINE_string("out", None, "JSON file; standard output otherwise.")
 
 
+def given_options() -> Options:
+    """What the flags of `define_flags` say."""
+    f = flags.FLAGS
+    clock = time.perf_counter if f.clock == "wall" else time.process_time
+    return Options(f.implementations, f.rounds, f.working_set, clock)
+
+
 def main(argv: Sequence[str]) -> None:
     """Measures, prints a line per result and writes JSON."""
     del argv
-    f = flags.FLAGS
-    clock = time.perf_counter if f.clock == "wall" else time.process_time
-    options = Options(f.implementations, f.rounds, f.working_set, clock)
+    f, options = flags.FLAGS, given_options()
     rate = stream_rate(options)
     results = []
     for shape in map(parse_shape, f.shapes):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import pathlib
-import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -76,9 +75,7 @@ def search_all(
 def main(argv: Sequence[str]) -> None:
     """Searches, prints a line per problem, and records each result at once: a killed search keeps what it has."""
     del argv
-    f = flags.FLAGS
-    clock = time.perf_counter if f.clock == "wall" else time.process_time
-    options = bench.Options(f.implementations, f.rounds, f.working_set, clock)
+    f, options = flags.FLAGS, bench.given_options()
     shapes, rows, kept = [bench.parse_shape(s) for s in f.shapes], [int(m) for m in f.rows], {}
     for found in search_all(shapes, rows, f.schemes, options, f.least):
         path = tiles.record({found.key: found.tile})
