@@ -16,7 +16,7 @@ def get_config() -> ConfigDict:
             model=dict(frames=3, size=32, patch=4, width=64, depth=6, heads=2, mlp_ratio=4, classes=3),
             chunks=3,  # of a training video
             moving_camera=0.5,  # share of videos
-            steps=2400,
+            steps=6000,
             batch_size=8,
             learning_rate=3e-3,
             final_learning_rate=1e-4,
