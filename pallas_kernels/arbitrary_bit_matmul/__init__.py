@@ -7,6 +7,7 @@ from pallas_kernels.arbitrary_bit_matmul.api import (
     arbitrary_bit_matmul,
     choose,
     code_matmul,
+    prefer,
     prepare,
     weight_spec,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "choose",
     "code_matmul",
     "pack_dense",
+    "prefer",
     "prepare",
     "quantize_activations",
     "unpack_dense",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -28,8 +29,17 @@ from pallas_kernels.arbitrary_bit_matmul.spec import Backend, WeightSpec
 from pallas_kernels.dispatch import Choice, as_names, backend, first_that_covers
 
 BACKENDS: dict[str, Backend] = {
-    b.name: b for b in (xla.BACKEND, cpu_ffi.BACKEND, tpu.BACKEND, gpu_mosaic.BACKEND, gpu_triton.BACKEND)
+    b.name: b
+    for b in (
+        xla.BACKEND,
+        cpu_ffi.BACKEND,
+        tpu.BACKEND,
+        gpu_mosaic.BACKEND,
+        gpu_triton.BACKEND,
+        reference.BACKEND,
+    )
 }
+_PREFERRED = jax.make_user_context(None)
 
 
 class _Static(NamedTuple):
@@ -116,8 +126,26 @@ def choose(spec: WeightSpec, x: jax.Array, packed, names: Sequence[str], convert
     return first_that_covers(names, refuse, "product")
 
 
+def prefer(*names: str) -> contextlib.AbstractContextManager:
+    """While it is entered, products without `implementation=` try these first; jitted functions are traced again.
+
+    Raises:
+      ValueError: an implementation is unknown.
+    """
+    for name in names:
+        backend(BACKENDS, name)
+    return _PREFERRED(names or None)
+
+
 def preference() -> dict[str, tuple[str, ...]]:
     """Platform -> implementations in the order in which they are tried without `implementation=`; 'xla' ends every list."""
+    known = _platform_orders()
+    if not (first := _PREFERRED.value):
+        return known
+    return {platform: tuple(dict.fromkeys((*first, *names))) for platform, names in known.items()}
+
+
+def _platform_orders() -> dict[str, tuple[str, ...]]:
     cpu = ("cpu_ffi", "xla") if cpu_ffi.is_built() else ("xla",)
     return {"cpu": cpu, "tpu": ("tpu", "xla"), "cuda": ("triton", "mosaic_gpu", "xla")}
 

@@ -1,4 +1,4 @@
-"""The truth: integer products by bit planes, and dense products of decoded weights.
+"""The truth: integer products by bit planes, dense products of decoded weights, and products of codes in floating point.
 
 ABQ-LLM (arXiv 2408.08554), binary decomposition: X = sum_s c_s X^(s), W = sum_t c_t W^(t) with c_i = 2^i, but -2^top for the top
 plane of two's complement (of one plane too: its codes are {-1, 0}), so that
@@ -13,7 +13,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32, UInt8, UInt32
 
-from pallas_kernels.arbitrary_bit_matmul import packing
+from pallas_kernels.arbitrary_bit_matmul import layouts, packing
+from pallas_kernels.arbitrary_bit_matmul.layouts import Prepared
+from pallas_kernels.arbitrary_bit_matmul.spec import Backend, WeightSpec
+
+_EXACT = 2**24  # float32 holds all integers up to here
 
 
 def plane_coefficients(bits: int, signed: bool = False) -> Int32[Array, "b"]:
@@ -82,3 +86,21 @@ def dense_product(
     """x times the decoded matrix transposed, float32 at the highest precision."""
     w = decode(codes, scale, zero)
     return jnp.einsum("mk,nk->mn", x.astype(jnp.float32), w, precision=lax.Precision.HIGHEST)
+
+
+def float_matmul(x: jax.Array, weight: Prepared, scale: Float[Array, "n g"], spec: WeightSpec) -> Float[Array, "m n"]:
+    """See `spec.Backend`: the codes as float32, so that a model with fake quantization and a packed one share every rounding."""
+    grouped = lambda a: a.reshape(a.shape[0], spec.groups, -1).astype(jnp.float32)
+    codes = grouped(layouts.unpack(weight, spec)) - spec.centre
+    products = jnp.einsum("mgk,ngk->gmn", grouped(x), codes, precision=lax.Precision.HIGHEST)
+    return (products * scale.T[:, None]).sum(0)
+
+
+def _inexact(spec: WeightSpec, x: jax.Array) -> str | None:
+    largest = spec.group_size * 2**7 * max(spec.centre, (spec.levels or 2**spec.bits) - 1 - spec.centre)
+    if x.dtype == jnp.int8 and largest > _EXACT:
+        return f"sums of up to {largest} are not exact in float32"
+    return None
+
+
+BACKEND = Backend("reference", lambda spec: layouts.LAYOUTS, _inexact, float_matmul)

@@ -1,6 +1,7 @@
 """The public function against decoded floats for all widths, groups, zero points; choice, gradients, errors."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +11,13 @@ import pytest
 from pallas_kernels.arbitrary_bit_matmul import (
     ActivationCodes,
     Prepared,
+    WeightSpec,
     api,
     arbitrary_bit_matmul,
     choose,
     code_matmul,
     pack_dense,
+    prefer,
     prepare,
     quantize_activations,
     reference,
@@ -186,3 +189,24 @@ def test_accelerator_kernels_need_a_prepared_weight_and_then_lower_for_their_pla
     assert "tpu_custom_call" in lower(prepared, "tpu")
     assert "tpu_custom_call" not in lower(packed, "tpu")
     assert_near(f(prepared), f(packed))
+
+
+def test_prefer_puts_implementations_first_and_traces_again():
+    _, packed, scale, _ = weight(4)
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((2, 96)), jnp.float32)
+    product = jax.jit(lambda x: arbitrary_bit_matmul(x, packed, scale, bits=4, act_bits=8))
+    integer = lambda: bool(re.search(r"dot_general.*xi32>", product.lower(x).as_text()))
+    plain, usual = product(x), api.preference()
+    assert integer()
+    with prefer("reference"):
+        assert api.preference() == {platform: ("reference", *names) for platform, names in usual.items()}
+        assert not integer()
+        np.testing.assert_array_equal(product(x), plain)
+    assert integer() and api.preference() == usual
+    with pytest.raises(ValueError, match="unknown implementation 'fast'"):
+        prefer("fast")
+
+
+def test_reference_refuses_sums_that_float32_does_not_hold():
+    refuses = lambda k: reference.BACKEND.refuse(WeightSpec(4, k, 1, 8), jax.ShapeDtypeStruct((2, k), jnp.int8))
+    assert refuses(1024) is None and "not exact in float32" in refuses(1032)

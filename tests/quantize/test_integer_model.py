@@ -1,0 +1,45 @@
+"""A packed model computes, bit for bit, what its codes as float32 compute: integer arithmetic is no approximation of its own."""
+
+import jax
+import numpy as np
+import pytest
+
+import jaxcomp
+from jaxcomp.core.apply import compressed
+from jaxcomp.data import embedded_text, load_embedded, token_windows
+from jaxcomp.models.llama import Llama, stack_layers
+from jaxcomp.models.outliers import inject_outliers
+from jaxcomp.quantize import rtn
+from jaxcomp.quantize.attention import quantized_attention
+from pallas_kernels.arbitrary_bit_matmul import prefer
+
+
+@pytest.fixture(scope="module")
+def decoder():
+    """(model with keys and values of 8 bits, params with outliers, tokens, calibration)."""
+    config, params, tokenizer = load_embedded()
+    params = stack_layers(inject_outliers(config, params, jax.random.key(0)))
+    tokens = token_windows(tokenizer.encode(embedded_text("validation")).ids, 128)[:2]
+    model = Llama(config, quantized_attention(8), scan_layers=True)
+    apply = lambda params, tokens: model.apply({"params": params}, tokens)
+    return apply, params, tokens, jaxcomp.Calibration(apply, tokens[None])
+
+
+def logits(apply, params, tokens, implementation):
+    with prefer(implementation):
+        return np.asarray(jax.jit(compressed(apply))(params, tokens))
+
+
+SCHEMES = {
+    "W4A4": dict(bits=4, act_bits=4),
+    "W2*A8": dict(bits=3, levels=5, act_bits=8, act_symmetric=False),
+    "W6A6g64": dict(bits=6, act_bits=6, group_size=64),
+}
+
+
+@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
+def test_integer_products_equal_products_of_the_same_codes_in_float32(decoder, scheme):
+    apply, params, tokens, calibration = decoder
+    params = jaxcomp.compress(rtn(**scheme), params, calibration)[0]
+    found, want = (logits(apply, params, tokens, name) for name in ("xla", "reference"))
+    np.testing.assert_allclose(found, want, rtol=0, atol=1e-6 * np.abs(want).max())
