@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
+from experiments import integer_model
 from experiments.cards import Card, Row, current_commit
 from experiments.decode_speed import model_rows
 from experiments.stages import Stages
@@ -138,7 +139,7 @@ def on_one_core(rounds: int) -> list[Row]:
 def measure(part: str, rounds: int, shapes: Sequence[Shape] = (), schemes: Sequence[str] = ()) -> list[Row]:
     """The rows of one part; shapes and schemes of "decode" if not all."""
     if part == "errors":
-        return error_rows()
+        return error_rows() + integer_model.rows()
     if part == "model":
         return model_rows(rounds)
     if part == "one_core":
