@@ -139,15 +139,23 @@ def _described(config: ConfigDict, methods: Callable[[int, int], Mapping[str, op
     return {"source": experiment.source_digest(methods), "thresholds": thresholds}
 
 
+def _trained(folder: str, part: str) -> str:
+    """The folder of a part's decoder. Raises FileNotFoundError where there is none."""
+    if not pathlib.Path(folder).is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder; {DECODERS[part]} makes it, or leave {part} out of --parts")
+    return folder
+
+
 def identity(config: ConfigDict, part: str) -> dict[str, Any]:
     """All that the results of a part depend on: a change of another part's settings leaves them valid."""
     settings, made = DEPENDS[part]
     own = {name: config.to_dict()[name] for name in ("block", "segment", *settings)}
-    if part in ("language", "recall"):
-        own["decoder"] = experiment.fingerprint(config[part].model)
+    if part in DECODERS:
+        own["decoder"] = experiment.fingerprint(_trained(config[part].model, part))
     return own | {name: _described(config, config[name]) for name in made} | {"jax": jax.__version__}
 
 
+DECODERS = {"language": "experiments.extend_lm", "recall": "experiments.train_recall"}  # part: what trains its model
 DEPENDS = {  # part: settings, functions that make methods
     "heads": (("length", "seeds"), ("methods",)),
     "ablations": (("length", "ablation_seeds"), ("ablations",)),

@@ -36,15 +36,8 @@ class Scored(NamedTuple):
 
 
 def load(config: ConfigDict) -> tuple[LanguageModel, Int[np.ndarray, "n T"], Int[np.ndarray, "m T"]]:
-    """(the decoder, evaluation windows evenly spread over the held-out text, calibration windows).
-
-    Raises:
-      FileNotFoundError: the decoder was not trained yet.
-    """
-    try:
-        lm = experiment.load_model(config.model, ConfigDict(dict(dtype="float32", outlier_channels=0)))
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error}; experiments.extend_lm makes it") from None
+    """(the decoder, evaluation windows evenly spread over the held-out text, calibration windows)."""
+    lm = experiment.load_model(config.model, ConfigDict(dict(dtype="float32", outlier_channels=0)))
     calibration, evaluation = (
         token_windows(lm.tokenizer.encode(text).ids, config.context) for text in experiment.read_texts("embedded")
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -28,13 +27,7 @@ class Recalled(NamedTuple):
 
 
 def load(folder: str) -> tuple[Llama, Any]:
-    """(decoder, params) of `experiments.train_recall`.
-
-    Raises:
-      FileNotFoundError: it was not trained yet.
-    """
-    if not pathlib.Path(folder).is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder; experiments.train_recall makes it")
+    """(decoder, params) of `experiments.train_recall`."""
     config, params = huggingface.load_pretrained(folder, dtype=jnp.float32)
     return Llama(config), params
 

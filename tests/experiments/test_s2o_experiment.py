@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from configs.attention.s2o import get_config
+from experiments import s2o as experiment
 from experiments import s2o_operator as operator
 from experiments import s2o_recall
 from experiments import s2o_rows as rows
@@ -146,3 +147,11 @@ def test_heat_maps_are_drawn(tmp_path, monkeypatch):
     methods = {"s2o": (lambda t: s2o(threshold=t, segment=32, block_q=16, block_k=16), (0.1, 0.02))}
     draw(methods, tmp_path / "maps.png", length=128)
     assert (tmp_path / "maps.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize(("part", "script"), [("language", "extend_lm"), ("recall", "train_recall")])
+def test_a_decoder_that_was_not_trained_is_asked_for_before_anything_runs(tmp_path, part, script):
+    config = get_config()
+    config[part].model = str(tmp_path / "none")
+    with pytest.raises(FileNotFoundError, match=f"none: no such folder; experiments.{script} makes it"):
+        experiment.identity(config, part)
