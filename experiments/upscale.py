@@ -65,7 +65,7 @@ def upscale(job: Job) -> dict[str, str]:
       ImageError: an image cannot be used, or the output not be written; nothing is computed then.
       CheckpointError: the weights cannot be used.
     """
-    check_png(job.out)
+    check_outputs(job)
     picture = read_image(job.image, job.max_pixels)
     model, params = load_super_resolver(job.model, job.weights)
     reference = None if job.reference is None else read_reference(job.reference, picture, model.scale)
@@ -89,6 +89,18 @@ def upscale(job: Job) -> dict[str, str]:
     with replacing(job.out.with_suffix(".html")) as temporary:
         temporary.write_text(page(facts, shown), encoding="utf-8")
     return facts
+
+
+def check_outputs(job: Job) -> None:
+    """Raises `ImageError` unless the PNG and the page can be written, and neither image that is read is lost by it."""
+    check_png(job.out)
+    for path in filter(None, (job.image, job.reference)):
+        if job.out.exists() and path.exists() and job.out.samefile(path):
+            raise ImageError(
+                job.out, "another file than the images that are read", "one of them", "choose another --out"
+            )
+    if (written := job.out.with_suffix(".html")).is_dir():
+        raise ImageError(written, "a file for the page", "a folder", "choose another --out")
 
 
 def for_this_machine(params: Any) -> tuple[Any, str]:
@@ -224,7 +236,7 @@ def main(argv) -> None:
     try:
         job = job_of(args)
         facts = upscale(job)
-    except ValueError as error:  # ImageError, CheckpointError
+    except (ValueError, OSError) as error:  # ImageError, CheckpointError; a disk that is full
         raise SystemExit(f"upscale: {error}") from None
     for name, text in facts.items():
         print(f"{name:>11}: {text}")

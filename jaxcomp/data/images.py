@@ -1,5 +1,6 @@
 """Image files as untrusted input: pictures in, PNG out; what cannot be kept exactly is refused with a reason."""
 
+import os
 import pathlib
 import warnings
 from typing import NamedTuple
@@ -66,10 +67,16 @@ def read_rgb(path) -> UInt[np.ndarray, "H W 3"]:
 
 
 def check_png(path) -> None:
-    """Raises `ImageError` unless the path is that of a PNG in an existing folder."""
+    """Raises `ImageError` unless the path is that of a PNG in an existing folder that can be written."""
     path = pathlib.Path(path)
-    if path.suffix.lower() != ".png" or not path.parent.is_dir():
-        raise ImageError(path, "a .png file in an existing folder", "another path", "choose another output path")
+    flaws = {
+        "another suffix": path.suffix.lower() != ".png",
+        "a folder": path.is_dir(),
+        f"no folder {path.parent}": not path.parent.is_dir(),
+        "a folder without permission to write": path.parent.is_dir() and not os.access(path.parent, os.W_OK),
+    }
+    if found := next((flaw for flaw, holds in flaws.items() if holds), None):
+        raise ImageError(path, "a .png file in an existing folder", found, "choose another output path")
 
 
 def write_image(path, picture: Picture) -> None:

@@ -133,6 +133,31 @@ def test_unusable_weights_reference_and_output_are_refused(tmp_path, weights):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "r.png"]
 
 
+@pytest.mark.parametrize(
+    "out, words",
+    [
+        ("a.png", "another file than the images that are read, found one of them; choose another --out"),
+        ("link.png", "another file than the images that are read"),
+        ("r.png", "another file than the images that are read"),
+        ("folder.png", r"folder.png: expected a .png file in an existing folder, found a folder; choose another"),
+        ("page.png", r"page.html: expected a file for the page, found a folder"),
+        ("none/x.png", "found no folder .*none; choose another output path"),
+        ("out.jpg", "found another suffix"),
+    ],
+)
+def test_outputs_that_would_lose_something_are_refused(tmp_path, weights, out, words):
+    write_image(tmp_path / "a.png", Picture(RGB))
+    write_image(tmp_path / "r.png", Picture(np.asarray(imresize(RGB, 4))))
+    (tmp_path / "link.png").symlink_to(tmp_path / "a.png")
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "page.html").mkdir()
+    state = lambda: {path.name: path.is_file() and path.read_bytes() for path in tmp_path.iterdir()}
+    before = state()
+    with pytest.raises(ImageError, match=words):
+        upscale(job(tmp_path, weights, reference=tmp_path / "r.png")._replace(out=tmp_path / out))
+    assert state() == before
+
+
 def test_bicubic_in_tiles_is_exact():
     image = RNG.integers(0, 256, (530, 7, 3), dtype=np.uint8)
     np.testing.assert_array_equal(bicubic(image, 2), imresize(image, 2))
