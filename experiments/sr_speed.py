@@ -176,11 +176,11 @@ def departures(found: list[Row]) -> list[str]:
         verdict,
         "Where the time of plain Flax goes: XLA's CPU convolution loses a third of its speed where the output channels are no "
         "multiple of 16 (RLFN has 52, 46), runs a 1 x 1 window as a window, and turns bfloat16 into float32.",
-        "What was done: the C++ convolution reads maps where they are, multiplies bfloat16 in pairs, and packs the 4 channels "
-        "beyond 48 of four pixels into one vector. XLA runs what lies between such calls in passes of their own; fused, the call "
-        "adds the bias, activates, joins the residual or gates by the sigmoid, and reads IMDN's splits and concatenations in "
-        "place. What is left beside the convolutions is RLFN's attention at a sixth of the resolution, its resizing, and the "
-        "pixel shuffle.",
+        "What was done: the C++ convolution reads maps where they are, multiplies bfloat16 in pairs, packs the 4 channels beyond "
+        "48 of four pixels into one vector, steps over pixels, and fetches ahead what it will read, join and overwrite. XLA runs "
+        "what lies between such calls in passes of their own; fused, the call adds the bias, activates, joins the residual, adds "
+        "the resized attention or gates by the sigmoid, and reads IMDN's splits and concatenations in place. What is left beside "
+        "the convolutions is the max pooling of RLFN's attention at half the resolution, and the pixel shuffle.",
         "Maps of tens of megabytes are fresh memory in most runs of either library, and page faults a part of all times: up to "
         "half of PyTorch's in float32 on the large image; the C++ calls ask for huge pages. With an allocator that keeps what is "
         "freed (glibc: MALLOC_MMAP_THRESHOLD_, MALLOC_TRIM_THRESHOLD_) PyTorch gains more than JAX, and the ratios shrink.",

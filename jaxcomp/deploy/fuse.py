@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, jaxpr_as_fun
 
-from jaxcomp.deploy.fusion_patterns import MARK, Chain, chains
+from jaxcomp.deploy.fusion_patterns import MARK, Chain, chains, is_bilinear
 from pallas_kernels.convolution import Epilogue, View, fused_convolution
 
 
@@ -33,10 +33,11 @@ def fuse_convolutions(fn: Callable) -> Callable:
 
     A convolution in the native form (`cpu_convolutions`) takes over the bias that follows it, then an activation (ReLU, leaky
     ReLU, sigmoid), then a sum or product with another map, or the sum before the activation, as far as nobody else reads what
-    lies between; and it reads ranges of channels (split, slice, concatenate) where they are. The sums stay float32 until the
-    end, so bfloat16 is rounded less often; float32 is the same to the order of sums. Bodies of `scan`, `while` and `cond` stay
-    as they are, and so does a function without such a convolution. Gradients run XLA's convolution; that of a ReLU at 0 may be
-    another subgradient. Machines other than CPUs run the library's convolution and what follows it.
+    lies between; a map that `jax.image.resize` makes for such a sum (bilinear) is resized in the call; and it reads ranges of
+    channels (split, slice, concatenate) where they are. The sums stay float32 until the end, so bfloat16 is rounded less
+    often; float32 is the same to the order of sums. Bodies of `scan`, `while` and `cond` stay as they are, and so does a
+    function without such a convolution. Gradients run XLA's convolution; that of a ReLU at 0 may be another subgradient.
+    Machines other than CPUs run the library's convolution and what follows it.
 
     Positional arguments are trees of arrays; keyword arguments are passed as they are.
     """
@@ -77,10 +78,10 @@ def _inlined(closed: ClosedJaxpr) -> ClosedJaxpr:
 
 
 def _body(eqn: JaxprEqn) -> ClosedJaxpr | None:
-    """The body of a call that is inlined: `jit`, but for the marked convolutions, and ReLU, which has a derivative of its own."""
+    """The body of a call that is inlined: `jit`, but for what chains look for, and ReLU, which has a derivative of its own."""
     kind = eqn.primitive.name
     if kind == "jit":
-        return None if eqn.params["name"] == MARK else eqn.params["jaxpr"]
+        return None if eqn.params["name"] == MARK or is_bilinear(eqn) else eqn.params["jaxpr"]
     return eqn.params["call_jaxpr"] if kind == "custom_jvp_call" and _is_relu(eqn.params["call_jaxpr"]) else None
 
 
@@ -104,7 +105,7 @@ def _run(closed: ClosedJaxpr, args: Sequence[Any], found: Iterable[Chain]) -> li
             return None
         views = [View(read(var), start, stop) for var, start, stop in chain.views]
         bias, other = (None if var is None else read(var) for var in (chain.bias, chain.other))
-        return [fused_convolution(views, read(chain.kernel), bias, other, chain.epilogue)]
+        return [fused_convolution(views, read(chain.kernel), bias, other, chain.epilogue, chain.window)]
 
     return _interpret(closed, args, rule)
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+import jax
 import numpy as np
-from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
-from pallas_kernels.convolution import Epilogue
+from pallas_kernels.convolution import Epilogue, Window
 
 MARK = "native_convolution"  # name of the jitted call in which `jaxcomp.formats.conv_form` runs the C++ kernel
+RESIZE = "_resize"  # name of the jitted call that is `jax.image.resize`
 _IDENTITY = Epilogue()
 Range = tuple[Var, int, int]  # channels [start, stop) of a map
 
@@ -22,6 +24,7 @@ class Chain:
 
     views: tuple[Range, ...]
     kernel: Var
+    window: Window
     result: Var
     equations: tuple[int, ...]
     bias: Var | None = None
@@ -70,7 +73,7 @@ def chains(jaxpr: Jaxpr) -> list[Chain]:
         if eqn.params.get("name") != MARK:
             continue
         x, kernel = eqn.invars
-        chain = Chain(ranges(graph, x), kernel, eqn.outvars[0], (index,))
+        chain = Chain(ranges(graph, x), kernel, _window(eqn), eqn.outvars[0], (index,))
         for step in (_bias, _sum_and_activation, _activation, _join):
             longer = step(graph, chain)
             if longer is not None and taken.isdisjoint(longer.equations):
@@ -78,6 +81,33 @@ def chains(jaxpr: Jaxpr) -> list[Chain]:
         taken.update(chain.equations)
         found.append(chain)
     return found
+
+
+def is_bilinear(eqn: JaxprEqn) -> bool:
+    """Whether a call resizes height and width of a map as `jax.image.resize(x, shape, "bilinear", antialias=False)`."""
+    if eqn.params.get("name") != RESIZE or len(eqn.invars) != 1 or len(eqn.invars[0].aval.shape) != 4:
+        return False
+    x, shape = eqn.invars[0].aval, eqn.outvars[0].aval.shape
+    resize = lambda x: jax.image.resize(x, shape, "bilinear", antialias=False)
+    same = [0, 3] == [axis for axis in (0, 3) if x.shape[axis] == shape[axis]]
+    (expected,) = jax.make_jaxpr(resize)(jax.ShapeDtypeStruct(x.shape, x.dtype)).eqns
+    return same and str(expected.params.get("jaxpr")) == str(eqn.params["jaxpr"])
+
+
+def _window(eqn: JaxprEqn) -> Window:
+    """Stride and padding of a marked call, whose default is XLA's convolution."""
+    params = next(found.params for found in _equations(eqn) if found.primitive.name == "conv_general_dilated")
+    return Window(params["window_strides"][0], tuple(params["padding"]))
+
+
+def _equations(eqn: JaxprEqn) -> Iterator[JaxprEqn]:
+    """An equation and those of the programs that it holds."""
+    yield eqn
+    for value in eqn.params.values():
+        for held in value if isinstance(value, tuple) else (value,):
+            if isinstance(held, ClosedJaxpr):
+                for inner in held.jaxpr.eqns:
+                    yield from _equations(inner)
 
 
 def ranges(graph: Graph, var: Var) -> tuple[Range, ...]:
@@ -188,15 +218,16 @@ def _scalar(graph: Graph, var: Var | Literal) -> float | None:
 
 
 def _join(graph: Graph, chain: Chain) -> Chain | None:
-    """The sum or product with another map."""
+    """The sum or product with another map, or the sum with a smaller one that is resized for it alone."""
     index = graph.only_reader(chain.result, "add", "mul")
     if index is None or chain.other is not None:
         return None
     (other,) = graph.others(index, chain.result)
-    if isinstance(other, Literal) or (other.aval.shape, other.aval.dtype) != (
-        chain.result.aval.shape,
-        chain.result.aval.dtype,
-    ):
+    kind = lambda var: (var.aval.shape, var.aval.dtype)
+    if isinstance(other, Literal) or kind(other) != kind(chain.result):
         return None
-    join = {"add": "add", "mul": "multiply"}[graph.equations[index].primitive.name]
-    return chain.extended(graph, [index], other=other, epilogue=dataclasses.replace(chain.epilogue, join=join))
+    join, taken = {"add": "add", "mul": "multiply"}[graph.equations[index].primitive.name], [index]
+    producer = graph.producers.get(other)
+    if join == "add" and producer is not None and is_bilinear(producer) and graph.only_reader(other, "add") == index:
+        join, taken, other = "add_resized", [graph.equations.index(producer), index], producer.invars[0]
+    return chain.extended(graph, taken, other=other, epilogue=dataclasses.replace(chain.epilogue, join=join))

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from jaxcomp.core import tape
 from jaxcomp.core.leaf import CompressedArray
 from jaxcomp.formats.convolution import register_conv
-from pallas_kernels.convolution import convolution
+from pallas_kernels.convolution import Window, convolution
 
 Form = Literal["aligned", "native", "shifted"]
 _NHWC = lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
@@ -86,14 +86,16 @@ def _run_aligned(x, kernel, conv, params):
 
 
 def _run_native(x, kernel, conv, params):
-    same = tuple((size // 2, size // 2) for size in kernel.shape[:2])
-    odd = kernel.shape[0] % 2 and kernel.shape[1] % 2
-    plain = _is_plain(params) and set(params["rhs_dilation"]) == {1} and tuple(params["padding"]) == same
-    if params["feature_group_count"] > 1 or not (odd and plain):
+    padding, strides = tuple(params["padding"]), set(params["window_strides"])
+    inside = all(0 <= zeros < size for sides, size in zip(padding, kernel.shape, strict=False) for zeros in sides)
+    undilated = set(params["lhs_dilation"]) == set(params["rhs_dilation"]) == {1}
+    if params["feature_group_count"] > 1 or len(strides) > 1 or not (inside and undilated):
         return _run_aligned(x, kernel, conv, params)
+    window = Window(max(strides), padding)
 
     def native_convolution(x, kernel):  # `jaxcomp.deploy.fuse` finds the call by this name
-        return lax.platform_dependent(x, kernel, cpu=lambda x, w: convolution(x, w, "cpu_ffi"), default=conv)
+        native = lambda x, w: convolution(x, w, "cpu_ffi", window)
+        return lax.platform_dependent(x, kernel, cpu=native, default=conv)
 
     return jax.jit(native_convolution)(x, kernel)
 

@@ -1,6 +1,6 @@
-"""Convolutions of stride 1 on maps [N, H, W, C] of any number of channels, and what surrounds them."""
+"""Convolutions on maps [N, H, W, C] of any number of channels, and what surrounds them."""
 
 from pallas_kernels.convolution.api import BACKENDS, build, convolution, fused_convolution, is_built
-from pallas_kernels.convolution.epilogue import Epilogue, View
+from pallas_kernels.convolution.epilogue import Epilogue, View, Window
 
-__all__ = ["BACKENDS", "Epilogue", "View", "build", "convolution", "fused_convolution", "is_built"]
+__all__ = ["BACKENDS", "Epilogue", "View", "Window", "build", "convolution", "fused_convolution", "is_built"]

@@ -1,11 +1,13 @@
-// y[n, r, c, o] = join(act(sum_(i, j, k) x[n, r + i - h/2, c + j - w/2, k] w[i, j, k, o] + bias[o]), z[n, r, c, o]): maps
-// [N, H, W, C], odd windows, stride 1, zeros outside. x is made of ranges of channels of one or several maps, side by side; every
-// range but the last has an even number of channels, so that pairs do not straddle two.
+// y[n, r, c, o] = join(act(sum_(i, j, k) x[n, s r + i - top, s c + j - left, k] w[i, j, k, o] + bias[o]), z[n, r, c, o]): maps
+// [N, H, W, C], stride s, zeros outside. x is made of ranges of channels of one or several maps, side by side; every range but
+// the last has an even number of channels, so that pairs do not straddle two.
 //
 // A task computes a strip of rows, a tile the sums of P pixels times up to 64 outputs, held in about 24 vectors of 16. Its inner
 // loop multiplies the P pixels under one element of the window, read where they are in the map, with a vector of weights per 16
 // outputs; up to 4 outputs beyond 48 take a vector for every 4 pixels. Copied are only pixels at the left and right border, with
 // zeros around them, and maps that are no units of the sums or are made of several ranges under a larger window: whole rows.
+// What a tile will join and overwrite, and what a later tile will read first, is fetched ahead: the maps of a network are larger
+// than caches, and hardware does not foresee that a range of channels skips a part of every pixel.
 // float32 sums; bfloat16 inputs are multiplied in pairs where the machine can (AVX512-BF16), elsewhere they become float32.
 #pragma once
 
@@ -22,6 +24,8 @@ namespace {
 constexpr int64_t kStrip = 8;       // rows of a task, at most
 constexpr int64_t kGroup = 4;       // vectors of outputs that are computed at once, at most
 constexpr int64_t kMaxPixels = 12;  // of a tile
+constexpr int64_t kAhead = 16;      // pixels from a tile to the input that is fetched meanwhile
+constexpr int64_t kShort = 64;      // steps of a tile; in fewer, a line that is written does not arrive from memory by itself
 constexpr int64_t kRest = 4;        // outputs beyond whole vectors that share one vector with those of other pixels, at most
 
 // Channels [start, start + width) of a map of `channels`.
@@ -30,8 +34,9 @@ struct View {
   int64_t channels, start, width;
 };
 
+// height, width: of the result; rows, columns: of the window; top, left: zeros before the map, fewer than the window has.
 struct Shape {
-  int64_t batch, height, width, inputs, outputs, rows, columns;  // rows, columns: of the window
+  int64_t batch, height, width, inputs, outputs, rows, columns, map_height, map_width, stride, top, left;
   int64_t vectors() const { return (outputs + kLanes - 1) / kLanes; }
   int64_t taps() const { return rows * columns; }
 };
@@ -42,11 +47,11 @@ struct Strip {
 };
 
 // What a row of the window reads, or a part of it, for the pixel at the left end: `depth` units on end. `row`, `pixel`: units
-// from one row and from one pixel to the next.
+// from one row and from one pixel of the map to the next; `fetched`: units of a pixel that are fetched ahead.
 template <class Unit>
 struct Part {
   const Unit* x;
-  int64_t row, pixel, depth;
+  int64_t row, pixel, depth, fetched;
 };
 
 template <class Unit>
@@ -75,7 +80,7 @@ class Layer {
           default: has_rest(v) ? row<8, 3, true>(source, strip.image, r, v) : row<6, 4>(source, strip.image, r, v);
         }
       }
-      for (Part<Unit>& part : source) part.x += part.row;
+      for (Part<Unit>& part : source) part.x += s.stride * part.row;
     }
   }
 
@@ -98,10 +103,11 @@ class Layer {
   template <int P, int V, bool Rest = false>
   void row(const Source<Unit>& source, int64_t image, int64_t r, int64_t v) const {
     for (int64_t c = 0; c < s.width; c += P) {
-      if (!in_place || (c >= s.columns / 2 && c + P + s.columns / 2 <= s.width)) {
+      const int64_t begin = c * s.stride - s.left;
+      if (!in_place || (begin >= 0 && begin + (P - 1) * s.stride + s.columns <= s.map_width)) {
         tile<P, V, Rest>(source.data(), source.data() + source.size(), c, image, r, c, v);
       } else {
-        const Part<Unit> part = border(image, r, c, P + s.columns - 1);
+        const Part<Unit> part = border(image, r, begin, (P - 1) * s.stride + s.columns);
         tile<P, V, Rest>(&part, &part + 1, 0, image, r, c, v);
       }
     }
@@ -110,18 +116,21 @@ class Layer {
   // `first`: of the tile's pixels, counted from the one where the parts [begin, end) begin.
   template <int P, int V, bool Rest>
   void tile(const Part<Unit>* begin, const Part<Unit>* end, int64_t first, int64_t image, int64_t r, int64_t c, int64_t v) const {
-    const int64_t top = std::max<int64_t>(0, s.rows / 2 - r), bottom = std::min(s.rows, s.height - r + s.rows / 2);
+    const int64_t outside = s.top - r * s.stride;  // rows of the window above the map
+    const int64_t top = std::max<int64_t>(0, outside), bottom = std::min(s.rows, s.map_height + outside);
     constexpr int64_t kStep = (V + Rest) * kLanes;
     const Unit* w = &weights[v * s.taps() * units * kLanes + top * s.columns * units * kStep];
+    Pixel place{image, r, c, ((image * s.height + r) * s.width + c) * s.outputs};
+    fetch<P>(begin, end, first * s.stride, place.at);
     Vec sums[P][V] = {}, rests[Rest ? P / kRest : 1] = {}, mixed;
     for (int64_t i = top; i < bottom; ++i) {
       for (const Part<Unit>* part = begin; part < end; ++part) {
-        const int64_t pixel = part->pixel, depth = part->depth;
-        const Unit* x = part->x + i * part->row + first * pixel;
+        const int64_t step = part->pixel * s.stride, depth = part->depth;
+        const Unit* x = part->x + i * part->row + first * step;
         for (int64_t k = 0; k < depth; ++k, w += kStep) {
 #pragma GCC unroll 16
           for (int p = 0; p < P; ++p) {
-            const Vec input = T::spread(x[p * pixel + k]);
+            const Vec input = T::spread(x[p * step + k]);
 #pragma GCC unroll 4
             for (int q = 0; q < V; ++q) T::step(sums[p][q], w + q * kLanes, input);
             if (Rest) {
@@ -132,16 +141,31 @@ class Layer {
         }
       }
     }
-    int64_t at = ((image * s.height + r) * s.width + c) * s.outputs;
-    for (int64_t p = 0; p < std::min<int64_t>(P, s.width - c); ++p, at += s.outputs) {
+    for (int64_t p = 0; p < std::min<int64_t>(P, s.width - c); ++p, ++place.column, place.at += s.outputs) {
       for (int q = 0; q < V; ++q) {
         const int64_t output = (v + q) * kLanes, count = std::min(kLanes, s.outputs - output);
-        store(y + at + output, epilogue(sums[p][q], output, at + output, count), count);
+        store(y + place.at + output, epilogue(sums[p][q], place, output, count), count);
       }
       if (Rest) {
         const int64_t output = (v + V) * kLanes, count = s.outputs - output;
-        store(y + at + output, epilogue(quarter(rests[p / kRest], p % kRest), output, at + output, count), count);
+        store(y + place.at + output, epilogue(quarter(rests[p / kRest], p % kRest), place, output, count), count);
       }
+    }
+  }
+
+  // Asks for the lines that a tile joins and writes from element `at` on, and for the last row of a later tile's window. Must be
+  // inlined: a compiler may drop a call that only prefetches.
+  template <int P>
+  __attribute__((always_inline)) void fetch(const Part<Unit>* begin, const Part<Unit>* end, int64_t first, int64_t at) const {
+    constexpr int64_t kLine = 64;
+    for (int64_t i = 0; i < P * s.outputs; i += kLine / sizeof(In)) {
+      if (s.taps() * units < kShort) __builtin_prefetch(y + at + i, 1);
+      if (epilogue.join != kNone && epilogue.join != kAddResized) __builtin_prefetch(epilogue.other + at + i);
+    }
+    for (const Part<Unit>* part = begin; part < end; ++part) {
+      const Unit* x = part->x + (s.rows - 1) * part->row + (first + kAhead * s.stride) * part->pixel;
+      for (int64_t p = 0; p < P * s.stride; ++p, x += part->pixel)
+        for (int64_t k = 0; k < part->fetched; k += kLine / sizeof(Unit)) __builtin_prefetch(x + k);
     }
   }
 
@@ -149,12 +173,13 @@ class Layer {
   Source<Unit> maps(const Strip& strip) const {
     Source<Unit> source;
     for (const View& view : views) {
-      const int64_t pixel = view.channels / T::kInputs, row = s.width * pixel;
-      const int64_t first = (strip.image * s.height + strip.first - s.rows / 2) * row - s.columns / 2 * pixel;
+      const int64_t pixel = view.channels / T::kInputs, row = s.map_width * pixel;
+      const int64_t first = (strip.image * s.map_height + strip.first * s.stride - s.top) * row - s.left * pixel;
       const auto *x = reinterpret_cast<const Unit*>(static_cast<const In*>(view.map) + view.start) + first;
       const bool contiguous = pixel == units;  // from column to column of the window
       const int64_t parts = contiguous ? 1 : s.columns, depth = view.width / T::kInputs;
-      for (int64_t j = 0; j < parts; ++j) source.push_back({x + j * pixel, row, pixel, contiguous ? s.columns * depth : depth});
+      for (int64_t j = 0; j < parts; ++j)
+        source.push_back({x + j * pixel, row, pixel, contiguous ? s.columns * depth : depth, depth == pixel || j ? 0 : depth});
     }
     return source;
   }
@@ -162,30 +187,30 @@ class Layer {
   // The rows that a strip reads, with their border.
   Source<Unit> copied(const Strip& strip) const {
     static thread_local std::vector<Unit> buffer;
-    const int64_t first = strip.first - s.rows / 2, rows = strip.last - strip.first + s.rows - 1;
-    const int64_t pixels = s.width + kMaxPixels + s.columns;
+    const int64_t first = strip.first * s.stride - s.top, rows = (strip.last - strip.first - 1) * s.stride + s.rows;
+    const int64_t pixels = (s.width + kMaxPixels) * s.stride + s.columns;
     buffer.resize(rows * pixels * units);
-    for (int64_t r = 0; r < rows; ++r) copy_pixels(strip.image, first + r, -s.columns / 2, pixels, &buffer[r * pixels * units]);
-    return {{buffer.data(), pixels * units, units, s.columns * units}};
+    for (int64_t r = 0; r < rows; ++r) copy_pixels(strip.image, first + r, -s.left, pixels, &buffer[r * pixels * units]);
+    return {{buffer.data(), pixels * units, units, s.columns * units, 0}};
   }
 
-  // The pixels that a tile at the border reads.
+  // The pixels that a tile at the border reads, from column c of the map on.
   Part<Unit> border(int64_t image, int64_t r, int64_t c, int64_t pixels) const {
     static thread_local std::vector<Unit> buffer;
     buffer.resize(s.rows * pixels * units);
     for (int64_t i = 0; i < s.rows; ++i)
-      copy_pixels(image, r + i - s.rows / 2, c - s.columns / 2, pixels, &buffer[i * pixels * units]);
-    return {buffer.data(), pixels * units, units, s.columns * units};
+      copy_pixels(image, r * s.stride + i - s.top, c, pixels, &buffer[i * pixels * units]);
+    return {buffer.data(), pixels * units, units, s.columns * units, 0};
   }
 
   // Pixels [c, c + count) of row r, zeros beside the image; nothing of a row outside of it, which nobody reads.
   void copy_pixels(int64_t image, int64_t r, int64_t c, int64_t count, Unit* to) const {
-    if (r < 0 || r >= s.height) return;
-    const int64_t first = std::max<int64_t>(c, 0), last = std::min(c + count, s.width);
+    if (r < 0 || r >= s.map_height) return;
+    const int64_t first = std::max<int64_t>(c, 0), last = std::min(c + count, s.map_width);
     Unit* const inside = std::fill_n(to, (first - c) * units, Unit{});
     int64_t before = 0;
     for (const View& view : views) {
-      const int64_t pixel = (image * s.height + r) * s.width + first;
+      const int64_t pixel = (image * s.map_height + r) * s.map_width + first;
       const In* from = static_cast<const In*>(view.map) + pixel * view.channels + view.start;
       copy_view(from, view, last - first, inside + before / T::kInputs);
       before += view.width;

@@ -139,10 +139,32 @@ inline Vec sigmoid(Vec x) {
   return 1.f / (1.f + e * (Vec)((__builtin_convertvector(power, Ints) + 127) << 23));
 }
 
-enum Activation : int32_t { kIdentity, kLeakyRelu, kSigmoid };
-enum Join : int32_t { kNone, kAdd, kMultiply, kAddFirst };
+// Where a place of a line that is stretched to another length lies between two of its own: (1 - t) * first + t * second.
+struct Between {
+  int64_t first, second;
+  float t;
+};
 
-// What happens to sums before they are rounded; the other map has the shape of the result.
+// All places of a line of `size` that is stretched to `length`, in units of `step`: centres at half pixels, ends repeated.
+inline std::vector<Between> stretched(int64_t size, int64_t length, int64_t step) {
+  std::vector<Between> places;
+  for (int64_t i = 0; i < length; ++i) {
+    const double x = std::clamp((i + 0.5) * size / length - 0.5, 0.0, size - 1.0);
+    const auto first = static_cast<int64_t>(x);
+    places.push_back({first * step, std::min(first + 1, size - 1) * step, static_cast<float>(x - first)});
+  }
+  return places;
+}
+
+enum Activation : int32_t { kIdentity, kLeakyRelu, kSigmoid };
+enum Join : int32_t { kNone, kAdd, kMultiply, kAddFirst, kAddResized };
+
+// A pixel of the result; `at`: of its first channel.
+struct Pixel {
+  int64_t image, row, column, at;
+};
+
+// What happens to sums before they are rounded; the other map has the shape of the result, or is resized to it.
 template <class Out>
 struct Epilogue {
   Activation activation;
@@ -150,15 +172,31 @@ struct Epilogue {
   float slope;
   std::vector<float> bias;  // filled with zeros to whole vectors
   const Out* other;
+  int64_t other_image;  // elements of one image of the other map
+  std::vector<Between> rows, columns;  // of the other map, if it is resized
 
-  inline Vec operator()(Vec y, int64_t output, int64_t at, int64_t count) const {
+  inline Vec operator()(Vec y, const Pixel& pixel, int64_t output, int64_t count) const {
+    const Out* const z = other + pixel.at + output;
     y += load(&bias[output], kLanes);
-    if (join == kAddFirst) y += load(other + at, count);
+    if (join == kAddFirst) y += load(z, count);
     if (activation == kLeakyRelu) y = y < 0.f ? (slope == 0.f ? Vec{} : y * slope) : y;
     if (activation == kSigmoid) y = sigmoid(y);
-    if (join == kAdd) y += load(other + at, count);
-    if (join == kMultiply) y *= load(other + at, count);
+    if (join == kAdd) y += load(z, count);
+    if (join == kMultiply) y *= load(z, count);
+    if (join == kAddResized) y += resized(pixel, output, count);
     return y;
+  }
+
+  // The other map at a pixel of the result, bilinear.
+  inline Vec resized(const Pixel& pixel, int64_t output, int64_t count) const {
+    const Between &row = rows[pixel.row], &column = columns[pixel.column];
+    const Out* const z = other + pixel.image * other_image + output;
+    const auto mixed = [&](const Out* line) {
+      const Vec left = load(line + column.first, count);
+      return left + (load(line + column.second, count) - left) * column.t;
+    };
+    const Vec above = mixed(z + row.first);
+    return above + (mixed(z + row.second) - above) * row.t;
   }
 };
 

@@ -12,6 +12,7 @@ from jaxcomp.deploy import cpu_convolutions, fuse_convolutions, fusions
 from jaxcomp.models.imdn import IMDN
 from jaxcomp.models.rfdn import RFDN
 from jaxcomp.models.rlfn import RLFN
+from jaxcomp.models.sr_blocks import ESA
 from pallas_kernels import native
 
 pytestmark = pytest.mark.skipif(native.compiler() is None, reason="no C++ compiler")
@@ -65,6 +66,22 @@ def test_rlfn_takes_over_activation_residual_and_gate():
     assert taken.count("bias, leaky_relu") == 2 and {"bias, leaky_relu, add", "bias, sigmoid, multiply"} <= set(taken)
 
 
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 0.02)])
+def test_attention_steps_and_resizes_in_calls(dtype, tolerance):
+    apply, formed, params, x = setup(ESA(4, depth=1), jnp.dtype(dtype), channels=6)
+    assert list(map(str, fusions(apply, formed, x))) == [
+        "1x1x6x4 of channels 0:6: bias",
+        "3x3x4x4 of channels 0:4: bias",
+        "3x3x4x4 of channels 0:4: bias",
+        "1x1x4x4 of channels 0:4: bias, add_resized",
+        "1x1x4x6 of channels 0:4: bias, sigmoid, multiply",
+    ]
+    names = [eqn.primitive.name for eqn in jax.make_jaxpr(fuse_convolutions(apply))(formed, x).eqns]
+    assert "conv_general_dilated" not in names and "dot_general" not in names
+    found, want = (f.astype(jnp.float32) for f in (jax.jit(fuse_convolutions(apply))(formed, x), apply(params, x)))
+    np.testing.assert_allclose(found, want, atol=tolerance * float(jnp.ptp(want)))
+
+
 def test_rfdn_adds_before_it_activates():
     apply, formed, params, x = setup(RFDN(6, 1))
     taken = [str(fusion).split(": ")[1] for fusion in fusions(apply, formed, x)]
@@ -84,7 +101,19 @@ class Rest(nn.Module):
         return self.rest(nn.Conv(4, (3, 3), use_bias=self.use_bias)(x), x)
 
 
+def resized(z, shape, method="bilinear", antialias=False):
+    """A part of a map, resized to a shape."""
+    return jax.image.resize(z[:, :3, ::5], shape, method, antialias=antialias)
+
+
 RESTS = [
+    ("bias, add_resized", lambda y, x: y + resized(x, y.shape)),
+    ("bias, leaky_relu, add_resized", lambda y, x: jnp.tanh(resized(x, y.shape) + nn.relu(y))),
+    ("bias, add_resized", lambda y, x: nn.relu(y + resized(x, y.shape))),
+    ("bias, add", lambda y, x: y + resized(x, y.shape, "nearest")),
+    ("bias, add", lambda y, x: y + resized(x, y.shape, "cubic")),
+    ("bias, add", lambda y, x: (z := resized(x, y.shape)) * (y + z)),  # two read it
+    ("bias, multiply", lambda y, x: y * resized(x, y.shape)),
     ("bias, leaky_relu, multiply", lambda y, x: x * nn.relu(y)),
     ("bias, leaky_relu", lambda y, x: nn.leaky_relu(y, 0.2) + jnp.ones(4)[None, None, None, :] * 2),
     ("bias, leaky_relu, add_first", lambda y, x: nn.relu(y + x)),

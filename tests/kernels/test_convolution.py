@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import native
-from pallas_kernels.convolution import Epilogue, View, api, bench, convolution, fused_convolution
+from pallas_kernels.convolution import Epilogue, View, Window, api, bench, convolution, fused_convolution
 from pallas_kernels.convolution.shapes import Shape
 
 needs_compiler = pytest.mark.skipif(native.compiler() is None, reason="no C++ compiler")
@@ -28,7 +28,7 @@ def kernel(request, kernel_cache):
             patch.setattr(api, "_FLAGS", tuple(f for f in native.FLAGS if f != "-march=native"))
         patch.setattr(api, "_TARGET", f"convolution_{request.param}")
         api._register.cache_clear()
-        yield jax.jit(lambda x, w: convolution(x, w, "cpu_ffi"))
+        yield jax.jit(lambda x, w, window=Window(): convolution(x, w, "cpu_ffi", window), static_argnums=2)
     api._register.cache_clear()
     jax.clear_caches()
 
@@ -40,11 +40,11 @@ def problem(shape, dtype, seed=0):
     return draw(n, h, w, inputs), draw(*window, inputs, outputs)
 
 
-def expected(x, kernel):
+def expected(x, kernel, stride=1, padding=None):
     x, kernel = (np.asarray(a.astype(jnp.float32), np.float64) for a in (x, kernel))
     h, w = kernel.shape[:2]
-    padded = np.pad(x, ((0, 0), (h // 2, h // 2), (w // 2, w // 2), (0, 0)))
-    windows = np.lib.stride_tricks.sliding_window_view(padded, (h, w), (1, 2))
+    padded = np.pad(x, ((0, 0), *(padding or ((h // 2, h // 2), (w // 2, w // 2))), (0, 0)))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (h, w), (1, 2))[:, ::stride, ::stride]
     return np.einsum("nrcihw,hwio->nrco", windows, kernel)
 
 
@@ -55,6 +55,26 @@ def test_equals_the_definition(kernel, shape, dtype, tolerance):
     x, w = problem(shape, dtype)
     y, want = kernel(x, w), expected(x, w)
     assert y.dtype == x.dtype
+    np.testing.assert_allclose(y.astype(jnp.float32), want, atol=tolerance * np.abs(want).max())
+
+
+WINDOWS = [  # stride, padding, window: no zeros, uneven zeros, even windows, steps over pixels, fewer results than a tile
+    (2, ((0, 0), (0, 0)), (3, 3)),
+    (2, ((0, 1), (0, 1)), (3, 3)),
+    (1, ((0, 1), (1, 0)), (2, 2)),
+    (3, ((1, 0), (0, 1)), (2, 3)),
+    (5, ((0, 0), (0, 0)), (1, 1)),
+    (16, ((4, 4), (4, 4)), (5, 5)),
+]
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 0.01)])
+@pytest.mark.parametrize("inputs, outputs", [(16, 52), (3, 16)])
+@pytest.mark.parametrize("stride, padding, window", WINDOWS)
+def test_strides_and_paddings(kernel, stride, padding, window, inputs, outputs, dtype, tolerance):
+    x, w = problem((2, 18, 41, inputs, outputs, window), dtype)
+    y, want = kernel(x, w, Window(stride, padding)), expected(x, w, stride, padding)
     np.testing.assert_allclose(y.astype(jnp.float32), want, atol=tolerance * np.abs(want).max())
 
 
@@ -84,9 +104,17 @@ def test_xla_is_the_fallback():
 
 
 @pytest.mark.parametrize(
+    "window", [Window(0), Window(1, ((3, 0), (0, 0))), Window(1, ((0, 0), (-1, 0))), Window(2, ((0, 0), (0, 0)))]
+)
+def test_windows_that_miss_the_map_are_refused(window):
+    with pytest.raises(ValueError, match=r"less padding than kernel, and a result, found Window\(stride="):
+        convolution(jnp.zeros((1, 2, 4, 3)), jnp.zeros((3, 3, 3, 5)), window=window)
+
+
+@pytest.mark.parametrize(
     "x, kernel, implementation, message",
     [
-        ((1, 4, 4, 3), (2, 3, 3, 5), None, "h and w odd, found x float32"),
+        ((1, 4, 4, 3), (2, 3, 3, 5), None, "h and w odd without a padding, found x float32"),
         ((1, 4, 4, 3), (3, 3, 4, 5), None, r"kernel float32 \(3, 3, 4, 5\)"),
         ((1, 4, 4, 3), (3, 3, 3, 5), "cuda", "implementation 'cuda' is unknown"),
     ],
@@ -138,6 +166,29 @@ def test_epilogue_equals_the_definition(kernel, activation, slope, join, dtype, 
     np.testing.assert_allclose(exact(y), want, atol=tolerance * np.abs(want).max())
 
 
+def bilinear(z, height, width):
+    """[N, h, w, C] in float64 at half-pixel centres, the border repeated."""
+    places = lambda size, length: np.clip((np.arange(length) + 0.5) * size / length - 0.5, 0, size - 1)
+    weights = lambda size, length: np.maximum(0, 1 - np.abs(places(size, length)[:, None] - np.arange(size)))
+    return np.einsum("rh,cw,nhwo->nrco", weights(z.shape[1], height), weights(z.shape[2], width), z)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 0.01)])
+@pytest.mark.parametrize("size", [(3, 4), (1, 1), (5, 17), (9, 40)])
+@pytest.mark.parametrize("activation", ["identity", "leaky_relu"])
+def test_other_map_is_resized(kernel, activation, size, dtype, tolerance):
+    x, w = problem((2, 5, 17, 6, 20, (3, 3)), dtype)
+    z, _ = problem((2, *size, 20, 1, (1, 1)), dtype, 1)
+    epilogue = Epilogue(activation, 0.5, "add_resized")
+    y = jax.jit(fused_convolution, static_argnums=4)([View(x, 0, 6)], w, None, z, epilogue).astype(jnp.float32)
+    sums, z = expected(x, w), np.asarray(z.astype(jnp.float32), np.float64)
+    want = (np.where(sums < 0, 0.5 * sums, sums) if activation == "leaky_relu" else sums) + bilinear(z, 5, 17)
+    np.testing.assert_allclose(y, want, atol=tolerance * np.abs(want).max())
+    loss = lambda z: jnp.sum(jnp.sin(fused_convolution([View(x, 0, 6)], w, None, z, epilogue).astype(jnp.float32)))
+    assert jnp.isfinite(jax.grad(loss)(jnp.asarray(z, dtype)).astype(jnp.float32)).all()
+
+
 @needs_compiler
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_views_are_read_side_by_side(kernel, dtype):
@@ -180,6 +231,7 @@ def test_gradients_are_those_of_xla(kernel):
         ((4,), None, Epilogue(), r"expected a bias.*\(5,\).*found \[\(\(4,\)"),
         ((5,), None, Epilogue(join="add"), r"\(1, 4, 4, 5\)"),
         ((5,), (1, 4, 4, 5), Epilogue(), "where it joins one"),
+        ((5,), (1, 2, 2, 4), Epilogue(join="add_resized"), r"\(1, 2, 2, 5\)"),
     ],
 )
 def test_wrong_epilogues_are_refused(bias, other, epilogue, message):
