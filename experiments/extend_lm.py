@@ -6,6 +6,7 @@ Started again after a kill it goes on from the newest checkpoint of `workdir`.
 """
 
 import dataclasses
+import functools
 import pathlib
 import shlex
 import sys
@@ -13,14 +14,11 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 from absl import app, flags, logging
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
-from rich.console import Console
-from tensorboardX import SummaryWriter
 
-from experiments import train_lm
+from experiments import train_lm, training
 from experiments.runs import claim
 from jaxcomp.data import embedded_text, load_embedded, token_windows
 from jaxcomp.data.text import SPLITS
@@ -66,23 +64,11 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> tuple[Llama, train_lm.Da
     Raises:
       ValueError: `workdir` holds a run with other settings.
     """
-    workdir, console = pathlib.Path(workdir).resolve(), Console(soft_wrap=True)
-    claim(workdir, config)
+    workdir = claim(workdir, config)
     model, data, params = load(config)
     optimizer = train_lm.make_optimizer(config)
-    start = train_lm.State(params, optimizer.init(params), np.zeros((), np.int32), np.zeros((), np.float32))
-    options = ocp.CheckpointManagerOptions(max_to_keep=2)
-    with ocp.CheckpointManager(workdir / "checkpoints", options=options) as manager, SummaryWriter(str(workdir)) as log:
-        if manager.latest_step() is not None:
-            start = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(start))
-        state, steps = start, train_lm.training_steps(config, model, optimizer, data.train, start)
-        for state, loss in steps:
-            due = lambda every, step=int(state.step): step % every == 0 or step == config.steps
-            if due(config.log_every):
-                train_lm.report(console, log, config, state, "train/loss", float(loss))
-            if due(config.checkpoint_every):
-                manager.save(int(state.step), args=ocp.args.StandardSave(state))
-    return model, data, state
+    steps = functools.partial(train_lm.training_steps, config, model, optimizer, data.train)
+    return model, data, training.train(config, workdir, train_lm.begin(params, optimizer), steps)
 
 
 def main(argv) -> None:

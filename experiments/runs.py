@@ -33,8 +33,13 @@ def define_card_flags(config: pathlib.Path, out: str) -> None:
     flags.DEFINE_boolean("overwrite", False, "Discard what a run with other settings left in --out.")
 
 
-def claim(workdir: pathlib.Path, config: ConfigDict) -> None:
-    """Creates `workdir` for a run, or checks that it is this run's. Raises ValueError if the settings differ."""
+def claim(workdir: str | pathlib.Path, config: ConfigDict) -> pathlib.Path:
+    """Creates `workdir` for a run, or checks that it is this run's; returns it, absolute.
+
+    Raises:
+      ValueError: the settings of the run in it differ.
+    """
+    workdir = pathlib.Path(workdir).resolve()
     workdir.mkdir(parents=True, exist_ok=True)
     file, wanted = workdir / "config.json", json.loads(config.to_json())
     if not file.exists():
@@ -44,3 +49,4 @@ def claim(workdir: pathlib.Path, config: ConfigDict) -> None:
     differ = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
     if differ:
         raise ValueError(f"{file}: the run in this folder has another {', '.join(differ)}; choose another workdir")
+    return workdir

@@ -20,15 +20,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 from absl import app, flags, logging
 from jaxtyping import Array, Float, Int, Key
 from ml_collections import ConfigDict, config_flags
-from rich.console import Console
 from tensorboardX import SummaryWriter
 
+from experiments import training
 from experiments.runs import State, claim
-from jaxcomp.core.progress import track
 from jaxcomp.data import digits as data
 from jaxcomp.io.dit import save_dit
 from jaxcomp.models.dit import DiT, init_params
@@ -131,32 +129,25 @@ def train(config: ConfigDict, workdir: pathlib.Path, data_dir: str | None = None
     """
     if config.objective not in OBJECTIVES:
         raise ValueError(f"objective: expected one of {', '.join(OBJECTIVES)}, found {config.objective!r}")
-    workdir = pathlib.Path(workdir).resolve()
     images, reference = load_data(config, data_dir)
-    claim(workdir, config)
+    workdir = claim(workdir, config)
     model = DiT(DiTConfig(num_classes=data.NUM_CLASSES, **config.model))
-    state, console = initial_state(config, model), Console(soft_wrap=True)
-    options = ocp.CheckpointManagerOptions(max_to_keep=2)
-    with ocp.CheckpointManager(workdir / "checkpoints", options=options) as manager, SummaryWriter(str(workdir)) as log:
-        if manager.latest_step() is not None:
-            state = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(state))
-        run = make_run(config, model, images)
-        for first in track(range(int(state.step), config.steps, config.log_every), "training"):
-            state, loss = advance(run, state, min(config.log_every, config.steps - first))
-            step = int(state.step)
-            due = lambda every, step=step: step % every == 0 or step == config.steps
-            log.add_scalar("train/loss", loss, step)
-            if due(config.eval_every):
-                agreement, sheet = evaluate(config, model, state.average, reference)
-                log.add_scalar("samples/agreement", agreement, step)
-                log.add_image("samples", sheet, step, dataformats="HWC")
-                minutes = float(state.seconds) / 60
-                console.print(
-                    f"step {step}/{config.steps} loss {loss:.4f} agreement {agreement:.3f} ({minutes:.1f} min)"
-                )
-            if due(config.checkpoint_every):
-                manager.save(step, args=ocp.args.StandardSave(state))
-    return model, state
+    steps = functools.partial(training_steps, config, make_run(config, model, images))
+
+    def draw_sheet(state: State, events: SummaryWriter) -> dict[str, float]:
+        agreement, sheet = evaluate(config, model, state.average, reference)
+        events.add_image("samples", sheet, int(state.step), dataformats="HWC")
+        return {"samples/agreement": agreement}
+
+    sheets = [training.Evaluation(config.eval_every, draw_sheet)]
+    return model, training.train(config, workdir, initial_state(config, model), steps, sheets)
+
+
+def training_steps(config: ConfigDict, run: Callable, state: State) -> training.Steps:
+    """Yields (state, mean loss) after every `config.log_every` steps from `state` to `config.steps`."""
+    while (left := config.steps - int(state.step)) > 0:
+        state, loss = advance(run, state, min(config.log_every, left))
+        yield state, loss
 
 
 def advance(run: Callable, state: State, count: int) -> tuple[State, float]:

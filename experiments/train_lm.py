@@ -11,24 +11,21 @@ import pathlib
 import platform
 import shlex
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 from absl import app, flags, logging
 from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict, config_flags
-from rich.console import Console
-from rich.progress import Progress
-from tensorboardX import SummaryWriter
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from experiments import training
 from experiments.runs import claim
+from experiments.training import Evaluation, Steps, updates
 from jaxcomp.data import text
 from jaxcomp.evaluate.intervals import bootstrap_perplexity
 from jaxcomp.evaluate.perplexity import Perplexity, perplexity
@@ -111,27 +108,22 @@ def make_update(model: Llama, optimizer: optax.GradientTransformation) -> Callab
 
 def initial_state(config: ConfigDict, model: Llama, optimizer: optax.GradientTransformation) -> State:
     """State before the first step."""
-    params = model.init(jax.random.key(config.seed), jnp.zeros((1, config.context), jnp.int32))["params"]
+    return begin(
+        model.init(jax.random.key(config.seed), jnp.zeros((1, config.context), jnp.int32))["params"], optimizer
+    )
+
+
+def begin(params: dict, optimizer: optax.GradientTransformation) -> State:
+    """State before the first step from given params."""
     return State(params, optimizer.init(params), np.zeros((), np.int32), np.zeros((), np.float32))
 
 
 def training_steps(
     config: ConfigDict, model: Llama, optimizer: optax.GradientTransformation, tokens, state: State
-) -> Iterator[tuple[State, Float[Array, ""]]]:
+) -> Steps:
     """Yields (state, loss) after each step from `state` to `config.steps`."""
-    params, opt_state, start, seconds = state
-    update = make_update(model, optimizer)
-    batches = text.batches(tokens, config.context, config.batch_size, config.seed, start=int(start))
-    began = time.monotonic() - float(seconds)
-    for step in range(int(start) + 1, config.steps + 1):
-        params, opt_state, loss = update(params, opt_state, next(batches))
-        yield State(params, opt_state, np.int32(step), np.float32(time.monotonic() - began)), loss
-
-
-def with_progress(console: Console, steps: Iterator, start: int, stop: int) -> Iterator:
-    """The same items, with a bar from `start` to `stop` where the console is a terminal."""
-    with Progress(console=console, disable=not console.is_terminal) as progress:
-        yield from progress.track(steps, total=stop, completed=start, description="training")
+    batches = text.batches(tokens, config.context, config.batch_size, config.seed, start=int(state.step))
+    return updates(make_update(model, optimizer), batches, state, config.steps)
 
 
 def train(config: ConfigDict, workdir: pathlib.Path) -> tuple[Llama, Data, State]:
@@ -140,36 +132,14 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> tuple[Llama, Data, State
     Raises:
       ValueError: `workdir` holds a run with other settings.
     """
-    workdir = pathlib.Path(workdir).resolve()
-    claim(workdir, config)
+    workdir = claim(workdir, config)
     data = load_data(config, workdir)
     model = Llama(LlamaConfig(vocab_size=data.tokenizer.get_vocab_size(), **config.model))
     optimizer = make_optimizer(config)
-    start, losses, console = initial_state(config, model, optimizer), [], Console(soft_wrap=True)
-    options = ocp.CheckpointManagerOptions(max_to_keep=2)
-    with ocp.CheckpointManager(workdir / "checkpoints", options=options) as manager, SummaryWriter(str(workdir)) as log:
-        if manager.latest_step() is not None:
-            start = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(start))
-        state, steps = start, training_steps(config, model, optimizer, data.train, start)
-        for state, loss in with_progress(console, steps, int(start.step), config.steps):
-            step = int(state.step)
-            losses.append(loss)
-            due = lambda every, step=step: step % every == 0 or step == config.steps
-            if due(config.log_every):
-                report(console, log, config, state, "train/loss", float(jnp.mean(jnp.stack(losses))))
-                losses.clear()
-            if due(config.eval_every):
-                ppl = evaluate(model, state.params, data.calibration).ppl
-                report(console, log, config, state, "calibration/perplexity", ppl)
-            if due(config.checkpoint_every):
-                manager.save(step, args=ocp.args.StandardSave(state))
-    return model, data, state
-
-
-def report(console: Console, log: SummaryWriter, config: ConfigDict, state: State, name: str, value: float) -> None:
-    """One line and one TensorBoard scalar."""
-    log.add_scalar(name, value, int(state.step))
-    console.print(f"step {state.step}/{config.steps} {name} {value:.4f} ({state.seconds / 60:.1f} min)")
+    start = initial_state(config, model, optimizer)
+    steps = functools.partial(training_steps, config, model, optimizer, data.train)
+    measure = lambda state, _: {"calibration/perplexity": evaluate(model, state.params, data.calibration).ppl}
+    return model, data, training.train(config, workdir, start, steps, [Evaluation(config.eval_every, measure)])
 
 
 def evaluate(model: Llama, params: dict, windows: Int[np.ndarray, "n length"]) -> Perplexity:

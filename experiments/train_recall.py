@@ -8,24 +8,22 @@ the next looks for the place whose mark is the current text. Started again after
 
 from __future__ import annotations
 
+import functools
+import itertools
 import pathlib
 import shlex
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 from absl import app, flags, logging
 from jaxtyping import Array, Bool, Int
 from ml_collections import ConfigDict
-from rich.console import Console
-from tensorboardX import SummaryWriter
 
-from experiments import recall, train_lm
+from experiments import recall, train_lm, training
 from experiments.extend_lm import chunked_attention
 from experiments.runs import claim
 from jaxcomp.io.files import new_folder, write_json
@@ -62,13 +60,11 @@ def make_update(model: Llama, optimizer: optax.GradientTransformation) -> Callab
 
 def training_steps(
     config: ConfigDict, model: Llama, optimizer: optax.GradientTransformation, state: train_lm.State
-) -> Iterator[tuple[train_lm.State, Array]]:
+) -> training.Steps:
     """Yields (state, loss) after each step from `state` to `config.steps`."""
-    params, opt_state, start, seconds = state
-    update, text, began = make_update(model, optimizer), recall.ascii_codes("train"), time.monotonic() - float(seconds)
-    for step in range(int(start) + 1, config.steps + 1):
-        params, opt_state, loss = update(params, opt_state, batch(config, text, step))
-        yield train_lm.State(params, opt_state, np.int32(step), np.float32(time.monotonic() - began)), loss
+    text = recall.ascii_codes("train")
+    batches = (batch(config, text, step) for step in itertools.count(int(state.step) + 1))
+    return training.updates(make_update(model, optimizer), batches, state, config.steps)
 
 
 def train(config: ConfigDict, workdir: pathlib.Path) -> tuple[Llama, train_lm.State]:
@@ -77,24 +73,12 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> tuple[Llama, train_lm.St
     Raises:
       ValueError: `workdir` holds a run with other settings.
     """
-    workdir, console = pathlib.Path(workdir).resolve(), Console(soft_wrap=True)
-    claim(workdir, config)
+    workdir = claim(workdir, config)
     size = LlamaConfig(**config.model, rope=Rope(theta=config.rope_theta))
     model, optimizer = Llama(size, chunked_attention(config.query_chunk)), train_lm.make_optimizer(config)
     params = model.init(jax.random.key(config.seed), jnp.zeros((1, config.span), jnp.int32))["params"]
-    start = train_lm.State(params, optimizer.init(params), np.zeros((), np.int32), np.zeros((), np.float32))
-    options = ocp.CheckpointManagerOptions(max_to_keep=2)
-    with ocp.CheckpointManager(workdir / "checkpoints", options=options) as manager, SummaryWriter(str(workdir)) as log:
-        if manager.latest_step() is not None:
-            start = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(start))
-        state, steps = start, training_steps(config, model, optimizer, start)
-        for state, loss in train_lm.with_progress(console, steps, int(start.step), config.steps):
-            due = lambda every, step=int(state.step): step % every == 0 or step == config.steps
-            if due(config.log_every):
-                train_lm.report(console, log, config, state, "train/loss", float(loss))
-            if due(config.checkpoint_every):
-                manager.save(int(state.step), args=ocp.args.StandardSave(state))
-    return model, state
+    steps = functools.partial(training_steps, config, model, optimizer)
+    return model, training.train(config, workdir, train_lm.begin(params, optimizer), steps)
 
 
 def export(config: ConfigDict, folder: str, model: Llama, state: train_lm.State, command: str) -> None:

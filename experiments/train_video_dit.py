@@ -7,26 +7,25 @@ noise are drawn from (seed, step) alone; started again after a kill the run goes
 and ends with the same parameters. Contact sheets and GIFs of samples are written to `workdir` on the way.
 """
 
+import functools
 import os
 import pathlib
 import shlex
 import sys
-import time
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 from absl import app, flags, logging
 from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict, config_flags
 
+from experiments import training
 from experiments.runs import State, claim
 from experiments.video import write_sheet
-from jaxcomp.core.progress import track
 from jaxcomp.data.embedded_video import save_video_dit
 from jaxcomp.data.shapes import random_scene, render
 from jaxcomp.io.files import write_json
@@ -111,14 +110,10 @@ def initial_state(config: ConfigDict, model: VideoDiT, optimizer: optax.Gradient
     return State(params, params, optimizer.init(params), np.zeros((), np.int32), np.zeros((), np.float32))
 
 
-def steps(config: ConfigDict, model: VideoDiT, optimizer, state: State) -> Iterator[tuple[State, Array]]:
+def steps(config: ConfigDict, model: VideoDiT, optimizer: optax.GradientTransformation, state: State) -> training.Steps:
     """Yields (state, loss) after each step from `state` to `config.steps`."""
-    params, average, opt_state, start, seconds = state
-    update = make_update(config, model, optimizer)
-    began = time.monotonic() - float(seconds)
-    for step in track(range(int(start) + 1, config.steps + 1), "training"):
-        params, average, opt_state, loss = update(params, average, opt_state, np.int32(step))
-        yield State(params, average, opt_state, np.int32(step), np.float32(time.monotonic() - began)), loss
+    numbers = map(np.int32, range(int(state.step) + 1, config.steps + 1))
+    return training.updates(make_update(config, model, optimizer), numbers, state, config.steps)
 
 
 def train(config: ConfigDict, workdir: pathlib.Path) -> tuple[VideoDiT, State]:
@@ -127,28 +122,18 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> tuple[VideoDiT, State]:
     Raises:
       ValueError: `workdir` holds a run with other settings.
     """
-    workdir = pathlib.Path(workdir).resolve()
-    claim(workdir, config)
+    workdir = claim(workdir, config)
     model, optimizer = VideoDiT(VideoDiTConfig(**config.model)), make_optimizer(config)
-    start, losses = initial_state(config, model, optimizer), []
-    options = ocp.CheckpointManagerOptions(max_to_keep=2)
-    with ocp.CheckpointManager(workdir / "checkpoints", options=options) as manager:
-        if manager.latest_step() is not None:
-            start = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(start))
-        state = start
-        for state, loss in steps(config, model, optimizer, start):
-            step = int(state.step)
-            losses.append(loss)
-            due = lambda every, step=step: step % every == 0 or step == config.steps
-            if due(config.log_every):
-                mean = float(jnp.mean(jnp.stack(losses)))
-                print(f"step {step}/{config.steps} loss {mean:.4f} ({state.seconds / 60:.1f} min)", flush=True)
-                losses.clear()
-            if due(config.checkpoint_every):
-                manager.save(step, args=ocp.args.StandardSave(state))
-            if due(config.sheet_every):
-                write_sheet(workdir / f"samples_{step:06d}", model, state.average, config.chunks, config.sheet_steps)
-    return model, state
+    start = initial_state(config, model, optimizer)
+
+    def draw_sheet(state: State, events: Any) -> dict:
+        del events
+        file = workdir / f"samples_{state.step:06d}"
+        write_sheet(file, model, state.average, config.chunks, config.sheet_steps)
+        return {}
+
+    sheets = [training.Evaluation(config.sheet_every, draw_sheet)]
+    return model, training.train(config, workdir, start, functools.partial(steps, config, model, optimizer), sheets)
 
 
 def export(config: ConfigDict, folder: pathlib.Path, model: VideoDiT, state: State, command: str) -> None:

@@ -20,20 +20,37 @@ from jaxcomp.io.files import CheckpointError
 from jaxcomp.io.huggingface import load_pretrained, load_tokenizer
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-TINY = dict(steps=9, warmup_steps=2, log_every=2, eval_every=9, checkpoint_every=3, vocab_size=300, context=32)
+TINY = dict(steps=4, warmup_steps=1, log_every=2, eval_every=4, checkpoint_every=2, vocab_size=300, context=32)
 TINY_MODEL = dict(hidden_size=16, intermediate_size=32, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8)
 
 
-@pytest.fixture
-def config(monkeypatch):
-    """A run of seconds on a corpus of 60 kB."""
-    whole = {split: text.embedded_text(split)[:60_000] for split in text.SPLITS}
-    monkeypatch.setattr(text, "embedded_text", whole.__getitem__)
+def tiny():
+    """Settings of a run of seconds."""
     config = get_config()
     config.update(TINY)
     config.model.update(TINY_MODEL)
-    with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer counts
-        yield config
+    return config
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    """60 kB of text."""
+    short = {split: text.embedded_text(split)[:60_000] for split in text.SPLITS}
+    with pytest.MonkeyPatch.context() as patch, jax.numpy_dtype_promotion("standard"):  # optax raises floats to counts
+        patch.setattr(text, "embedded_text", short.__getitem__)
+        yield
+
+
+@pytest.fixture
+def config(corpus):
+    return tiny()
+
+
+@pytest.fixture(scope="module")
+def whole(corpus, tmp_path_factory):
+    """(folder, model, data, state) of a run that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    return folder, *train_lm.train(tiny(), folder)
 
 
 def assert_same(first, second):
@@ -53,29 +70,27 @@ def interrupt_at(monkeypatch, number):
     monkeypatch.setattr(text, "batches", interrupted)
 
 
-def test_resumed_run_equals_uninterrupted_run(config, tmp_path, monkeypatch, capsys):
-    _, _, whole = train_lm.train(config, tmp_path / "whole")
+def test_resumed_run_equals_uninterrupted_run(config, whole, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
-        interrupt_at(patch, 5)  # two steps past the checkpoint of step 3
+        interrupt_at(patch, 3)  # a step past the checkpoint of step 2
         with pytest.raises(KeyboardInterrupt):
-            train_lm.train(config, tmp_path / "killed")
+            train_lm.train(config, tmp_path)
     capsys.readouterr()
-    _, _, resumed = train_lm.train(config, tmp_path / "killed")
-    assert_same(resumed.params, whole.params)
-    assert_same(resumed.opt_state, whole.opt_state)
-    assert "step 2/9" not in (out := capsys.readouterr().out) and "step 4/9 train/loss" in out
-    assert resumed.seconds > 0 and resumed.step == 9
+    _, _, resumed = train_lm.train(config, tmp_path)
+    assert_same(resumed.params, whole[-1].params)
+    assert_same(resumed.opt_state, whole[-1].opt_state)
+    assert "step 2/4" not in (out := capsys.readouterr().out) and "step 4/4 train/loss" in out
+    assert resumed.seconds > 0 and resumed.step == 4
 
 
-def test_finished_run_is_not_trained_again(config, tmp_path, monkeypatch):
-    _, _, done = train_lm.train(config, tmp_path)
-    interrupt_at(monkeypatch, 9)
-    _, _, again = train_lm.train(config, tmp_path)
-    assert_same(again.params, done.params)
+def test_finished_run_is_not_trained_again(config, whole, monkeypatch):
+    interrupt_at(monkeypatch, 4)
+    _, _, again = train_lm.train(config, whole[0])
+    assert_same(again.params, whole[-1].params)
 
 
 def test_training_learns_and_logs(config, tmp_path, capsys):
-    config.steps = 40
+    config.steps = config.checkpoint_every = 40
     model, data, state = train_lm.train(config, tmp_path)
     start = train_lm.initial_state(config, model, train_lm.make_optimizer(config))
     before, after = (train_lm.evaluate(model, s.params, data.validation).ppl for s in (start, state))
@@ -96,8 +111,8 @@ def test_another_config_needs_another_workdir(config, tmp_path):
         train_lm.claim(tmp_path, config)
 
 
-def test_export_is_a_loadable_folder_with_its_record(config, tmp_path):
-    model, data, state = train_lm.train(config, tmp_path / "run")
+def test_export_is_a_loadable_folder_with_its_record(config, whole, tmp_path):
+    _, model, data, state = whole
     folder = tmp_path / "out"
     train_lm.export(config, folder, model, data, state, "the command")
     loaded, params = load_pretrained(folder, dtype=jnp.float32)
@@ -107,7 +122,7 @@ def test_export_is_a_loadable_folder_with_its_record(config, tmp_path):
     record = json.loads((folder / "training.json").read_text())
     ppl = train_lm.evaluate(model, params, data.validation).ppl
     np.testing.assert_allclose(record["validation_perplexity"]["value"], ppl, rtol=1e-5)
-    assert record["steps"] == 9 and record["trained_tokens"] == 9 * config.batch_size * 32
+    assert record["steps"] == 4 and record["trained_tokens"] == 4 * config.batch_size * 32
     assert record["command"] == "the command" and record["config"]["vocab_size"] == 300
     with pytest.raises(CheckpointError, match="expected a new or empty folder"):
         train_lm.export(config, folder, model, data, state, "again")
@@ -123,7 +138,7 @@ def test_tokenizer_has_the_size_asked_for_and_loses_nothing():
 
 @pytest.mark.slow
 def test_killed_process_resumes_to_the_same_parameters(tmp_path):
-    flags = [f"--config.{name}={value}" for name, value in (TINY | {"steps": 400}).items()]
+    flags = [f"--config.{name}={value}" for name, value in (TINY | {"steps": 400, "checkpoint_every": 20}).items()]
     flags += [f"--config.model.{name}={value}" for name, value in TINY_MODEL.items()]
     command = [sys.executable, "-m", "experiments.train_lm", "--config=configs/lm/train_default.py", *flags]
 
