@@ -1,17 +1,15 @@
 """The result card of `experiments.abq_llm`: rows, what the numbers say in words, and the curve of bytes against perplexity."""
 
-import os
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 import numpy as np
 from jaxtyping import Float
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
-from experiments.cards import Card, Row, current_commit
+from experiments.cards import Card, Row, current_commit, current_device
 from jaxcomp.io.files import replacing
 
 COMMAND = "python -m experiments.abq_llm"
@@ -246,7 +244,7 @@ def card(
         paper="ABQ-LLM: Arbitrary-Bit Quantized Inference Acceleration for Large Language Models, AAAI 2025, arXiv 2408.08554",
         command=COMMAND,
         commit=current_commit(),
-        device=f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores",
+        device=current_device(),
         minutes=sum(record["elapsed"] for records in results.values() for record in records) / 60,
         seeds=list(config.seeds),
         rows=rows(results, speed),

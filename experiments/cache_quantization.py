@@ -7,7 +7,6 @@ there. Needs no data: the model is the flow-matching digits that ship with the p
 """
 
 import dataclasses
-import os
 import pathlib
 import sys
 import time
@@ -19,7 +18,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict
 
 import configs.diffusion
-from experiments.cards import Card, Row, current_commit
+from experiments.cards import Card, Row, current_commit, current_device
 from experiments.runs import define_card_flags
 from experiments.stages import Stages
 from experiments.tcec import FORMS, LS2, Case, Noises, build, draw, draw_noises
@@ -178,7 +177,7 @@ def card(config: ConfigDict, results: Results, timing: dict[str, Any]) -> Card:
         paper=PAPER,
         command=COMMAND,
         commit=current_commit(),
-        device=f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores",
+        device=current_device(),
         minutes=(sum(elapsed) + timing["elapsed"]) / 60,
         seeds=list(config.seeds),
         rows=rows(config, results, timing),

@@ -6,6 +6,7 @@ python -m experiments.cards experiments/results/NAME.json     renders NAME.md ag
 import dataclasses
 import json
 import math
+import os
 import pathlib
 import re
 import shlex
@@ -13,6 +14,8 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from typing import Any
+
+import jax
 
 from jaxcomp.io.files import replacing
 
@@ -136,6 +139,11 @@ def current_commit() -> str:
     command = ["git", "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
     found = subprocess.run(command, cwd=pathlib.Path(__file__).parent, capture_output=True, text=True, check=False)
     return found.stdout.strip() or "unknown"
+
+
+def current_device() -> str:
+    """The device that runs, and the machine's cores."""
+    return f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores"
 
 
 def command_line(module: str, arguments: Sequence[str]) -> str:

@@ -6,7 +6,6 @@ Random weights: times and exactness do not depend on them, and the authors publi
 `experiments.sr_budget`, where it is in the same folder. Needs a C++ compiler and no data. About 4 minutes on two CPU cores.
 """
 
-import os
 import sys
 import time
 from collections.abc import Mapping
@@ -19,7 +18,7 @@ import numpy as np
 from absl import app, flags
 
 from experiments import sr
-from experiments.cards import Card, Row, command_line, current_commit
+from experiments.cards import Card, Row, command_line, current_commit, current_device
 from jaxcomp.core.apply import compressed
 from jaxcomp.core.transform import compress
 from jaxcomp.deploy import cpu_convolutions
@@ -152,7 +151,7 @@ def main(argv) -> None:
     found += sr.cited_rows(args.out, "sr_budget", lambda row: True)
     paper = "Unfolding Once is Enough: A Deployment-Friendly Transformer Unit for Super-Resolution, ACM MM 2023, arXiv 2308.02794"
     command = command_line("experiments.ditn", sys.argv[1:])
-    device = f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, load {max(loads):.1f}, jax {jax.__version__}"
+    device = f"{current_device()}, load {max(loads):.1f}, jax {jax.__version__}"
     minutes = (time.monotonic() - start) / 60
     card = Card("ditn", paper, command, current_commit(), device, minutes, [0], found, DEPARTURES)
     card.write(args.out)

@@ -5,7 +5,6 @@
 Every seed, and the timing, is recorded in `--out` when it is done; a killed experiment goes on from there.
 """
 
-import os
 import pathlib
 import sys
 import time
@@ -18,6 +17,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict
 
 import configs.diffusion
+from experiments.cards import current_device
 from experiments.ertacache_card import card
 from experiments.ertacache_methods import Bench, baselines, variants
 from experiments.runs import define_card_flags
@@ -115,7 +115,7 @@ def main(argv) -> None:
         timing = stages.run("timing", lambda: run_timing(config, digits))
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"ertacache: {error}")
-    device = f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores"
+    device = current_device()
     card(config, seeds, timing, device).write(args.results)
     print(f"{args.results}/ertacache.md")
 

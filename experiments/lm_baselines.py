@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 import configs.lm
 from experiments import lm as experiment
-from experiments.cards import Card, Row, current_commit
+from experiments.cards import Card, Row, current_commit, current_device
 from experiments.lm import LanguageModel, Text
 from experiments.runs import define_card_flags
 from experiments.stages import Stages
@@ -173,7 +173,7 @@ def card(config: ConfigDict, results: Results) -> Card:
         paper="GPTQ (arXiv 2210.17323), AWQ (arXiv 2306.00978), SmoothQuant (arXiv 2211.10438), round to nearest",
         command=COMMAND,
         commit=current_commit(),
-        device=f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores",
+        device=current_device(),
         minutes=sum(record["elapsed"] for records in results.values() for record in records) / 60,
         seeds=list(config.seeds),
         rows=rows(results),

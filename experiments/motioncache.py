@@ -7,7 +7,6 @@ leaves out the trained model. `--speed` measures wall time again (on an otherwis
 """
 
 import dataclasses
-import os
 import pathlib
 import sys
 import time
@@ -22,7 +21,7 @@ from ml_collections import ConfigDict
 import configs.diffusion
 from experiments import motioncache_report as pictures
 from experiments import motioncache_worlds as worlds
-from experiments.cards import Card, Row, current_commit
+from experiments.cards import Card, Row, current_commit, current_device
 from experiments.motioncache_speed import measure
 from experiments.runs import define_card_flags
 from experiments.stages import Stages
@@ -186,7 +185,7 @@ def card(config: ConfigDict, results: Results, speed: Mapping[str, Any]) -> Card
         paper="Motion-Aware Caching for Efficient Autoregressive Video Generation (arXiv 2605.01725)",
         command=COMMAND,
         commit=current_commit(),
-        device=f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores",
+        device=current_device(),
         minutes=seconds / 60,
         seeds=list(config.seeds),
         rows=rows(results, speed),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from experiments.cards import current_device
 from jaxcomp.evaluate.throughput import paired
 from jaxcomp.models.video_dit import VideoDiT, VideoDiTConfig
 from jaxcomp.sampling.autoregressive import (
@@ -44,7 +44,7 @@ def measure(config: ConfigDict) -> dict[str, Any]:
     forwards = paired(forward_functions(denoiser, params, x), config.rounds)
     runs = paired(run_functions(denoiser, params, x, config), config.run_rounds)
     ratio = lambda found, name, base: [float(1 / v) for v in np.array(found.speedup(name, base))[[0, 2, 1]]]
-    device = f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, float32"
+    device = f"{current_device()}, float32"
     return {
         "setting": f"chunks of {tokens} tokens, width {config.width}, {config.depth} blocks, {device}",
         "forward": {name: ratio(forwards, name, "all") for name in forwards.seconds if name != "all"},

@@ -25,7 +25,7 @@ import numpy as np
 from absl import app, flags
 
 from experiments import sr
-from experiments.cards import Card, Row, command_line, current_commit
+from experiments.cards import Card, Row, command_line, current_commit, current_device
 from experiments.stages import Stages
 from jaxcomp.core.apply import explain
 from jaxcomp.core.calibrate import Calibration
@@ -191,7 +191,7 @@ def main(argv) -> None:
     result = rows(found, bicubic, model.scale) + cited(args.out)
     paper = "Residual Local Feature Network for Efficient Super-Resolution, CVPRW 2022, arXiv 2205.07514"
     command = "JAXCOMP_DATA=FOLDER " + command_line("experiments.rlfn", sys.argv[1:])
-    device = f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, jax {jax.__version__}"
+    device = f"{current_device()}, jax {jax.__version__}"
     minutes = (time.monotonic() - start) / 60
     card = Card("rlfn", paper, command, current_commit(), device, minutes, [0], result, DEPARTURES)
     card.write(args.out)

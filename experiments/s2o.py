@@ -7,7 +7,6 @@ Every finished piece is recorded in `--out`; a killed experiment goes on from th
 
 from __future__ import annotations
 
-import os
 import pathlib
 import sys
 import time
@@ -27,6 +26,7 @@ from experiments import s2o_operator as operator
 from experiments import s2o_pictures as pictures
 from experiments import s2o_recall as recall
 from experiments import s2o_retrieval as retrieval
+from experiments.cards import current_device
 from experiments.runs import define_card_flags
 from experiments.s2o_card import card
 from experiments.stages import Stages
@@ -177,7 +177,7 @@ def main(argv) -> None:
     except (ValueError, OSError, KeyError, FloatingPointError) as error:
         sys.exit(f"s2o: {error}")
     folder = pathlib.Path(f.results)
-    written = card(config, results, f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores", folder)
+    written = card(config, results, current_device(), folder)
     written.write(folder)
     methods = config.methods(16, 32)
     pictures.draw({name: methods[name] for name in PICTURED}, folder / "s2o_heads.png")

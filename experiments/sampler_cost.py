@@ -7,7 +7,6 @@ updates of video models are timed by `experiments.motioncache`.
 """
 
 import functools
-import os
 import pathlib
 import sys
 import time
@@ -18,7 +17,7 @@ from absl import app, flags
 from ml_collections import ConfigDict
 
 import configs.diffusion
-from experiments.cards import Card, Row, current_commit
+from experiments.cards import Card, Row, current_commit, current_device
 from experiments.runs import define_card_flags
 from experiments.stages import Stages
 from jaxcomp.evaluate.intervals import Interval
@@ -129,7 +128,7 @@ def card(config: ConfigDict, found: dict[str, Any]) -> Card:
         paper=PAPER,
         command=COMMAND,
         commit=current_commit(),
-        device=f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores",
+        device=current_device(),
         minutes=found["seconds"] / 60,
         seeds=[0],
         rows=rows(config, found),

@@ -10,7 +10,6 @@ inputs, chunked attention in XLA, XLA's own and PyTorch's on CPU, and every phas
 from __future__ import annotations
 
 import dataclasses
-import os
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,7 +18,7 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from experiments.cards import Card, Row, current_commit
+from experiments.cards import Card, Row, current_commit, current_device
 from experiments.stages import Stages
 from jaxcomp.evaluate.intervals import median_by_order
 from pallas_kernels.sparse_attention import cpu_ffi
@@ -131,7 +130,7 @@ def main(argv: Sequence[str]) -> None:
         paper=PAPER,
         command=COMMAND,
         commit=current_commit(),
-        device=f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores",
+        device=current_device(),
         minutes=sum(part["minutes"] for part in parts),
         seeds=sorted({row["length"] for row in found}),
         rows=[row for part in parts for row in rows_of(part["rows"], heads)],

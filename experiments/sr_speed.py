@@ -24,7 +24,7 @@ import torch
 from absl import app, flags
 
 from experiments import sr, torch_sr
-from experiments.cards import Card, Row, command_line, current_commit
+from experiments.cards import Card, Row, command_line, current_commit, current_device
 from jaxcomp.core.apply import compressed
 from jaxcomp.core.transform import Transform, compress, identity
 from jaxcomp.deploy import cpu_convolutions, fuse_convolutions
@@ -221,7 +221,7 @@ def main(argv) -> None:
     paper = "RLFN: Kong et al., CVPRW 2022, arXiv 2205.07514; IMDN: Hui et al., 2019, arXiv 1909.11856"
     command = "JAXCOMP_DATA=FOLDER " + command_line("experiments.sr_speed", sys.argv[1:])
     versions = f"jax {jax.__version__}, torch {torch.__version__}"
-    device = f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, load {load_seen:.1f}{priority()}, {versions}"
+    device = f"{current_device()}, load {load_seen:.1f}{priority()}, {versions}"
     minutes = (time.monotonic() - start) / 60
     card = Card("sr_speed", paper, command, current_commit(), device, minutes, [0], found, departures(found))
     card.write(args.out)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
 
-from experiments.cards import Card, Row, current_commit
+from experiments.cards import Card, Row, current_commit, current_device
 from jaxcomp.data.images import read_rgb
 from jaxcomp.evaluate.restoration import Image, Restoration, mod_crop, restoration, to_uint8
 from jaxcomp.io.diffusion import load_taef2
@@ -77,7 +77,7 @@ def main(argv) -> None:
         paper="TAEF2, a tiny auto-encoder of FLUX.2 latents, from the TAESD repository (no paper)",
         command="python -m experiments.taef2 --data_dir=$JAXCOMP_DATA",
         commit=current_commit(),
-        device=f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores",
+        device=current_device(),
         minutes=(time.monotonic() - started) / 60,
         seeds=[0],
         rows=rows(found),

@@ -7,7 +7,6 @@ models are the digits that ship with the package.
 """
 
 import functools
-import os
 import pathlib
 import sys
 import time
@@ -22,7 +21,7 @@ from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 import configs.diffusion
-from experiments.cards import Card, Row, current_commit
+from experiments.cards import Card, Row, current_commit, current_device
 from experiments.runs import define_card_flags
 from experiments.stages import Stages
 from experiments.train_dit import make_solver
@@ -221,7 +220,7 @@ def card(config: ConfigDict, results: Results) -> Card:
         paper=PAPER,
         command=COMMAND,
         commit=current_commit(),
-        device=f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores",
+        device=current_device(),
         minutes=sum(record["elapsed"] for records in results.values() for record in records) / 60,
         seeds=list(config.seeds),
         rows=rows(config, results),

@@ -6,7 +6,6 @@ Started again after a kill it goes on from the newest checkpoint of `workdir` an
 """
 
 import functools
-import os
 import pathlib
 import platform
 import shlex
@@ -24,6 +23,7 @@ from ml_collections import ConfigDict, config_flags
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from experiments import training
+from experiments.cards import current_device
 from experiments.runs import claim
 from experiments.training import Evaluation, Steps, updates
 from jaxcomp.data import text
@@ -174,7 +174,7 @@ def export(config: ConfigDict, folder: str, model: Llama, data: Data, state: Sta
         "validation_perplexity": validation._asdict(),
         "python": platform.python_version(),
         "jax": jax.__version__,
-        "device": f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores",
+        "device": current_device(),
     }
     with new_folder(folder) as temporary:
         save_pretrained(temporary, model.config, params, tokenizer=data.tokenizer)

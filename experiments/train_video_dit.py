@@ -8,7 +8,6 @@ and ends with the same parameters. Contact sheets and GIFs of samples are writte
 """
 
 import functools
-import os
 import pathlib
 import shlex
 import sys
@@ -24,6 +23,7 @@ from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict, config_flags
 
 from experiments import training
+from experiments.cards import current_device
 from experiments.runs import State, claim
 from experiments.video import write_sheet
 from jaxcomp.data.embedded_video import save_video_dit
@@ -145,7 +145,7 @@ def export(config: ConfigDict, folder: pathlib.Path, model: VideoDiT, state: Sta
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
         "minutes": round(float(state.seconds) / 60, 1),
         "jax": jax.__version__,
-        "device": f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores",
+        "device": current_device(),
     }
     write_json(folder / "training.json", record)
 

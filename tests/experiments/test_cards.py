@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from experiments.cards import Card, Row, command_line, current_commit, main
+from experiments.cards import Card, Row, command_line, current_commit, current_device, main
 
 ROWS = (
     Row("float", "W4A16", "perplexity", "", 50.0, 48.0, 52.0),
@@ -100,3 +100,7 @@ def test_command_names_no_folder_of_one_machine():
     arguments = ["--out=/a/b", "--workdir=/runs/x", "--seeds=0,1", "/data/pictures/", "relative/path"]
     expected = "python -m experiments.some --workdir=FOLDER/x --seeds=0,1 FOLDER/pictures relative/path"
     assert command_line("experiments.some", arguments) == expected
+
+
+def test_device_names_the_device_and_the_cores_of_the_machine():
+    assert current_device() == f"cpu, {os.cpu_count()} cores"
