@@ -128,8 +128,9 @@ def recall_rows(config: ConfigDict, pieces: Mapping[str, Any]) -> list[Row]:
         for name, runs in found.items():
             near = recall.nearest(runs, settings.density)
             for question, shares in near.recall.items():
-                ends = float(np.mean(shares)), min(shares), max(shares)
-                out.append(Row(name, setting, f"recall, {question}", "", *ends, note=REPEATS_NOTE))
+                low, high = min(shares), max(shares)
+                mean = float(np.clip(np.mean(shares), low, high))  # of equal shares it may lie beside them
+                out.append(Row(name, setting, f"recall, {question}", "", mean, low, high, note=REPEATS_NOTE))
             out.append(Row(name, setting, "density", "", *[near.density] * 3))
             out.append(Row(name, setting, "least share of dense recall", "", *[recall.kept(near, dense)] * 3))
             if (least := recall.least_density(runs, dense, settings.share)) is not None:

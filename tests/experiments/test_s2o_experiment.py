@@ -116,7 +116,7 @@ def test_density_within_a_ratio_of_the_dense_perplexity():
 
 
 def of_shares(density, *shares):
-    return s2o_recall.Recalled(0.1, density, {f"depth {i}": [share, share] for i, share in enumerate(shares)})
+    return s2o_recall.Recalled(0.1, density, {f"depth {i}": [share] * 3 for i, share in enumerate(shares)})
 
 
 def test_recall_is_held_against_dense_at_the_worst_question(tmp_path):
