@@ -23,7 +23,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from experiments.sample_caches import CACHES, Draw, budgeted
+from experiments.sample_caches import ATTENTION_ONLY, CACHES, FIXED, Draw, budgeted
 from experiments.tcec import CORRECTORS, RULES
 from jaxcomp.core.apply import compressed
 from jaxcomp.core.transform import compress
@@ -126,6 +126,8 @@ def check(args: Any) -> None:
         raise ValueError(f"--out: expected a name that ends in .png or .gif, found {args.out!r}")
     if args.computed > args.steps:
         raise ValueError(f"--computed: expected at most the {args.steps} steps of the solver, found {args.computed}")
+    if args.computed and args.cache in FIXED:
+        raise ValueError(f"--computed: {args.cache} chooses its steps itself; leave it out, or choose another --cache")
     if len(qualities(args)) + bool(args.computed) > 1:
         raise ValueError("expected one of --computed, --psnr and --relative_error")
     if args.cache != "ertacache" and (args.report or qualities(args)):
@@ -170,7 +172,7 @@ def run(args: Any) -> None:
     cached = correct(args.corrector, draw, cached, quantized)
     frames, hits = draw_samples(cached, quantized, batch, noise)
     write_pictures(pathlib.Path(args.out), frames, columns=args.rows)
-    print(hits)
+    print(f"every step ran; {args.cache} leaves out attention only" if args.cache in ATTENTION_ONLY else hits)
     if args.cache != "none" or args.bits:
         full = jax.jit(lambda *a: pipeline(*a, executor="cond")[0])(params, *batch, noise)
         psnr = mean_interval(quality(frames[-1], np.asarray(full)).psnr)

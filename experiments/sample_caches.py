@@ -53,6 +53,9 @@ CACHES: dict[str, Callable[[Draw, int], Any]] = {
     "ertacache": _erta,
 }
 
+FIXED = ("adacache", "pab", "fastercache")  # these choose their steps themselves
+ATTENTION_ONLY = ("pab", "fastercache")
+
 
 def budgeted(draw: Draw, evaluation: Batch, report: str, **budget: Any) -> ertacache.ERTACacheConfig:
     """ERTACache's plan for a budget of `choose`; prints it, and writes the whole curve to `report` if that is not empty.

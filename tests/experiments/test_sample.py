@@ -88,6 +88,7 @@ def test_caches_that_need_no_calibration_go_on_the_pipeline(name):
         (dict(classes=["11"]), "digits 0 to 9"),
         (dict(classes=["x"]), "digits 0 to 9, found 'x'"),
         (dict(cache="fora", computed=7), "at most the 6 steps"),
+        (dict(cache="pab"), "pab chooses its steps itself"),
         (dict(cache="fora", computed=0, psnr=30.0), "for --cache=ertacache"),
         (dict(cache="ertacache", psnr=30.0), "expected one of --computed, --psnr"),
         (dict(corrector="tcec"), "give --bits"),
