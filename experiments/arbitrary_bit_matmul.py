@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib.util
 import multiprocessing
 import os
-import shlex
+import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -25,7 +25,7 @@ import numpy as np
 from absl import app, flags
 
 from experiments import integer_model
-from experiments.cards import Card, Row, current_commit
+from experiments.cards import Card, Row, command_line, current_commit
 from experiments.decode_speed import model_rows
 from experiments.stages import Stages
 from jaxcomp.evaluate.intervals import median_by_order
@@ -221,8 +221,7 @@ def main(argv) -> None:
     rows = [Row(**row) for found in done for row in found["rows"]]
     minutes = sum(found["minutes"] for found in done)
     device = f"{jax.devices()[0].device_kind}, {usable_cores()} cores, jax {jax.__version__}, {', '.join(BACKENDS)}"
-    parts = [] if list(f.parts) == list(PARTS) else [f"--parts={','.join(f.parts)}"]
-    command = shlex.join(["python", "-m", "experiments.arbitrary_bit_matmul", *parts])
+    command = command_line("experiments.arbitrary_bit_matmul", sys.argv[1:])
     card = Card("arbitrary_bit_matmul", PAPER, command, current_commit(), device, minutes, [0], rows, departures(rows))
     card.write(f.out)
     print(card.to_markdown())

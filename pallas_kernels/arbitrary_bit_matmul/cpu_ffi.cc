@@ -18,7 +18,7 @@
 
 #include "xla/ffi/api/ffi.h"
 
-#if defined(__AVX512VBMI__) && defined(__AVX512VNNI__)
+#if defined(__AVX512VBMI__) && defined(__AVX512VNNI__) && defined(__AVX512VL__)
 #include <immintrin.h>
 #endif
 
@@ -29,10 +29,11 @@ namespace {
 using Bytes128 = std::array<uint8_t, 128>;
 constexpr int64_t kCodes = 64;   // codes of a vector
 constexpr int64_t kMaxRows = 4;  // activation rows that share one expansion of the weights
+constexpr int64_t kLine = 64;    // bytes that one prefetch brings
 constexpr int64_t kSerialBytes = 1 << 16;  // weights that one thread reads faster than it wakes another
 constexpr float kDigit = 127, kBase = 2 * kDigit;
 
-#if defined(__AVX512VBMI__) && defined(__AVX512VNNI__)
+#if defined(__AVX512VBMI__) && defined(__AVX512VNNI__) && defined(__AVX512VL__)
 
 using Codes = __m512i;  // 64 unsigned bytes
 using Sums = __m512i;   // 16 int32, sum i of codes 4 i .. 4 i + 3
@@ -68,6 +69,9 @@ class Spread {
   __m512i source_;
 };
 
+// 64 codes at a time, by loads of Width bytes, the least of 16, 32 and 64 that holds them: loads that cross into the
+// next cache line are slow, even where their mask is zero there.
+template <int Width>
 class Unpacker {
  public:
   explicit Unpacker(int bits)
@@ -80,13 +84,18 @@ class Unpacker {
     source_ = _mm512_load_si512(source);
     shift_ = _mm512_load_si512(shift);
   }
-  Codes operator()(const uint8_t* p) const { return codes(_mm512_maskz_loadu_epi8(all_, p)); }
+  Codes operator()(const uint8_t* p) const { return codes(load(all_, p)); }
   // 64 codes of which `bytes` bytes are there; the others are zero.
   Codes operator()(const uint8_t* p, int64_t bytes) const {
-    return codes(_mm512_maskz_loadu_epi8(bytes >= bytes_ ? all_ : ~uint64_t{0} >> (64 - bytes), p));
+    return codes(load(bytes >= bytes_ ? all_ : ~uint64_t{0} >> (64 - bytes), p));
   }
 
  private:
+  static __m512i load(__mmask64 mask, const uint8_t* p) {
+    if constexpr (Width == 16) return _mm512_castsi128_si512(_mm_maskz_loadu_epi8(static_cast<__mmask16>(mask), p));
+    if constexpr (Width == 32) return _mm512_castsi256_si512(_mm256_maskz_loadu_epi8(static_cast<__mmask32>(mask), p));
+    return _mm512_maskz_loadu_epi8(mask, p);
+  }
   Codes codes(__m512i bytes) const {
     const __m512i octets = _mm512_permutexvar_epi8(source_, bytes);
     return _mm512_and_si512(_mm512_multishift_epi64_epi8(shift_, octets), keep_);
@@ -164,6 +173,7 @@ class Spread {
   int64_t count_;
 };
 
+template <int>
 class Unpacker {
  public:
   explicit Unpacker(int bits) : bits_(bits) {}
@@ -204,6 +214,7 @@ class Table {
 #endif
 
 // Dense codes: one run of activations.
+template <int Width>
 class Dense {
  public:
   static constexpr int kRuns = 1;
@@ -215,7 +226,7 @@ class Dense {
   }
 
  private:
-  Unpacker unpack_;
+  Unpacker<Width> unpack_;
   int64_t step_;
 };
 
@@ -249,7 +260,7 @@ class Base5 {
     for (int i = 0; i < 128; ++i) values[i] = static_cast<uint8_t>(i / power % 5);
     return values;
   }
-  Unpacker unpack_;
+  Unpacker<64> unpack_;
   Table digit_[3];
 };
 
@@ -294,6 +305,7 @@ void tile(const Product& p, const Codec& shared, const Spread& spread, const Sum
   const int64_t step = codec.step(), stride = p.stride, groups = p.groups, segments = p.segments;
   const int64_t length = p.chunks / segments, run = p.chunks * kCodes, whole = stride / step / length;
   const uint8_t* w = p.w + n * stride;
+  const uint8_t* ahead = w + 2 * R * stride;  // fetched in the order of memory: hardware follows no R rows at once
   const int8_t* x = p.x;
   const float* scale = p.scale + n * groups;
   Floats y[R * M];
@@ -301,12 +313,13 @@ void tile(const Product& p, const Codec& shared, const Spread& spread, const Sum
   each<R * M>([&](int i) { y[i] = zero_floats(); });
   const auto add_chunk = [&](auto... bytes) __attribute__((always_inline)) {
     each<R>([&](int r) {
-      __builtin_prefetch(w + (r + 2 * R) * stride);  // hardware does not follow short rows into the next ones
+      if (r * kLine < R * step) __builtin_prefetch(ahead + r * kLine);
       Codes u[Codec::kRuns];
       codec(u, w + r * stride, bytes...);
       each<Codec::kRuns * M>([&](int i) { d[r * M + i % M] = dot(d[r * M + i % M], u[i / M], x + (i % M * Codec::kRuns + i / M) * run); });
     });
     w += step;
+    ahead += R * step;
     x += kCodes;
   };
   const auto begin_segment = [&](int64_t t) __attribute__((always_inline)) {
@@ -415,8 +428,12 @@ void multiply_codes(ffi::ThreadPool& pool, const Product& p, int64_t bits, int64
     multiply_rows(pool, p, Base5(bits), static_cast<uint8_t>(centre), rows);
   else if (bits == 1)
     multiply_rows(pool, p, Binary(), static_cast<uint8_t>(centre), rows);
+  else if (bits == 2)
+    multiply_rows(pool, p, Dense<16>(bits), static_cast<uint8_t>(centre), rows);
+  else if (bits <= 4)
+    multiply_rows(pool, p, Dense<32>(bits), static_cast<uint8_t>(centre), rows);
   else
-    multiply_rows(pool, p, Dense(bits), static_cast<uint8_t>(centre), rows);
+    multiply_rows(pool, p, Dense<64>(bits), static_cast<uint8_t>(centre), rows);
 }
 
 ffi::Error run(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::U32> w, ffi::Buffer<ffi::F32> scale,
@@ -429,7 +446,7 @@ ffi::Error run(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::U32> w, 
   const int64_t spread = groups > 1 ? std::max<int64_t>(1, kCodes / group) : 1;
   if (groups > 1 && (group < kCodes ? kCodes % group || group % 4 : group % kCodes))
     return ffi::Error::InvalidArgument("expected groups of 4, 8, 16, 32 or a multiple of 64 columns");
-  Rows rows(whole ? m : m * digits, k, base5 ? Base5::kRuns : Dense::kRuns);
+  Rows rows(whole ? m : m * digits, k, base5 ? Base5::kRuns : 1);
   Product p{rows.data(), reinterpret_cast<const uint8_t*>(w.typed_data()), scale.typed_data(), y->typed_data(), n,
             groups, rows.chunks(), 4 * ws[1], (groups + spread - 1) / spread, spread};
   if (whole) {

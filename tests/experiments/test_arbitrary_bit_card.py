@@ -61,11 +61,12 @@ def test_card_keeps_parts_that_are_done(monkeypatch, tmp_path):
     paths = dict(work=tmp_path / "work", out=tmp_path / "out")
     given = types.SimpleNamespace(parts=["errors", "decode"], rounds=1, overwrite=False, **paths)
     monkeypatch.setattr(experiment.flags, "FLAGS", given)
+    monkeypatch.setattr(experiment.sys, "argv", ["", "--parts=errors,decode", "--rounds=1"])
     experiment.main([])
     monkeypatch.setattr(experiment, "measure", None)  # not called again
     experiment.main([])
     text = (tmp_path / "out" / "arbitrary_bit_matmul.md").read_text()
-    assert "--parts=errors,decode" in text and "roofline_share" in text
+    assert "--parts=errors,decode --rounds=1" in text and "roofline_share" in text
 
 
 def test_random_params_are_packed_and_decode(monkeypatch):
