@@ -92,7 +92,7 @@ def recalls(config: ConfigDict, stages: Stages) -> dict[str, Any]:
     """Recall and density of the decoder that copies, per length and method."""
     settings = config.recall
     decoder, methods = recall.load(settings.model), config.methods(settings.block, settings.segment)
-    compared = {name: methods[name] for name in RECALL_METHODS}
+    compared = {name: methods[name] for name in RECALL_METHODS} | config.fine(settings.block, settings.segment)
     compared[LOCAL] = config.ablations(settings.block, settings.segment)[LOCAL]
     attends = {name: (lambda t, made=made: made(t).attend, tried) for name, (made, tried) in compared.items()}
     attends = {language.DENSE: (lambda _: language.dense_attend, (0.0,))} | attends
@@ -160,7 +160,7 @@ DEPENDS = {  # part: settings, functions that make methods
     "heads": (("length", "seeds"), ("methods",)),
     "ablations": (("length", "ablation_seeds"), ("ablations",)),
     "needles": (("needle", "ablation_seeds"), ("methods", "ablations")),
-    "recall": (("recall",), ("methods", "ablations")),
+    "recall": (("recall",), ("methods", "ablations", "fine")),
     "language": (("language",), ("methods",)),
 }
 PARTS = {"heads": heads, "ablations": ablations, "needles": needles, "recall": recalls, "language": text}

@@ -68,12 +68,20 @@ def ablations(block, segment):
     }
 
 
+def fine(block, segment):
+    """S2O for rows that each read keys of their own: the ranking asks two rows at once, or every row."""
+    sizes = lambda rows: dict(segment=segment, sub_means=segment // rows, runs=segment // (2 * rows))
+    ranked = lambda rows: lambda t: s2o(threshold=t, block_q=block, block_k=block, **sizes(rows))
+    return {"s2o, sub-means of two rows": (ranked(2), GAINS), "s2o, ranked by every row": (ranked(1), GAINS)}
+
+
 def get_config() -> ConfigDict:
     """Every setting of the experiment."""
     return ConfigDict(
         dict(
             methods=methods,
             ablations=ablations,
+            fine=fine,
             seeds=(0, 1, 2, 3, 4),
             ablation_seeds=(0, 1, 2),
             length=8192,
