@@ -30,7 +30,7 @@ from jaxcomp.core.transform import compress
 from jaxcomp.data import digits as data
 from jaxcomp.data.embedded_dit import FOLDER
 from jaxcomp.io.dit import load_dit
-from jaxcomp.io.files import replacing
+from jaxcomp.io.files import read_json, replacing
 from jaxcomp.models.dit import DiT
 from jaxcomp.quantize import rtn
 from jaxcomp.sampling import Pipeline, guided, network, schedules, solvers, with_cache
@@ -61,9 +61,22 @@ def make_solver(name: str, steps: int) -> solvers.LinearSolver:
 
 
 def build(folder: str, solver: solvers.LinearSolver, guidance: float) -> tuple[Pipeline, Any, tuple[int, ...]]:
-    """(pipeline, params, shape of a latent). Raises CheckpointError if the model's folder is damaged."""
+    """(pipeline, params, shape of a latent).
+
+    Raises:
+      FileNotFoundError: there is no such folder.
+      CheckpointError: the model's folder is damaged.
+      ValueError: the model was trained for another kind of solver.
+    """
     kind = "flow" if solver.name == "euler_flow" else "eps"
-    config, params = load_dit(folder or FOLDER / kind)
+    path = pathlib.Path(folder or FOLDER / kind)
+    if not path.is_dir():
+        raise FileNotFoundError(f"--model: {path}: no such folder; experiments.train_dit exports one")
+    config, params = load_dit(path)
+    record = read_json(path / "training.json") if (path / "training.json").is_file() else {}
+    if (trained := record.get("config", {}).get("objective", kind)) != kind:
+        fitting = "euler" if trained == "flow" else "ddpm, ddim or dpmpp_2m"
+        raise ValueError(f"--solver: the model in {path} predicts {trained!r}, use {fitting}")
     denoiser = guided(network(DiT(config)), guidance, jnp.int32(config.num_classes))
     return Pipeline(denoiser, solver), params, (*config.size, config.channels)
 
@@ -126,8 +139,9 @@ def check(args: Any) -> None:
         raise ValueError(f"--out: expected a name that ends in .png or .gif, found {args.out!r}")
     if args.computed > args.steps:
         raise ValueError(f"--computed: expected at most the {args.steps} steps of the solver, found {args.computed}")
-    if args.computed and args.cache in FIXED:
-        raise ValueError(f"--computed: {args.cache} chooses its steps itself; leave it out, or choose another --cache")
+    if args.computed and args.cache in ("none", *FIXED):
+        which = "every step runs without a cache" if args.cache == "none" else f"{args.cache} chooses its steps itself"
+        raise ValueError(f"--computed: {which}; leave it out, or choose another --cache")
     if len(qualities(args)) + bool(args.computed) > 1:
         raise ValueError("expected one of --computed, --psnr and --relative_error")
     if args.cache != "ertacache" and (args.report or qualities(args)):

@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from experiments import sample, sample_caches
+from jaxcomp.data.embedded_dit import FOLDER
 from jaxcomp.evaluate.intervals import Interval
 from jaxcomp.sampling.cache.pareto import Curve, Point
 
@@ -16,7 +17,7 @@ DEFAULTS = dict(
     solver="euler",
     guidance=1.5,
     cache="none",
-    computed=3,
+    computed=0,
     seed=0,
     model="",
     bits=0,
@@ -52,7 +53,7 @@ def test_a_budget_of_quality_takes_the_cheapest_plan_that_meets_it(monkeypatch, 
     monkeypatch.setattr(sample_caches, "pareto", lambda *_, **__: Curve(9, tuple(map(point, range(2, 9)))))
     monkeypatch.setattr(sample, "with_cache", lambda pipeline, config: config)
     draw = (sample.Pipeline(None, sample.make_solver("euler", 9)), None, None)
-    args = types.SimpleNamespace(**(DEFAULTS | dict(cache="ertacache", steps=9, computed=0, psnr=27.0)))
+    args = types.SimpleNamespace(**(DEFAULTS | dict(cache="ertacache", steps=9, psnr=27.0)))
     assert sample.put_cache(args, draw, sample.Batch([])) == 6  # the lower end of 5 steps is 24 dB, that of 6 is 29
     assert "6 of 9 steps: PSNR 30.0 dB [29.0, 31.0]" in capsys.readouterr().out
     args.psnr, args.relative_error = None, 0.01
@@ -88,9 +89,11 @@ def test_caches_that_need_no_calibration_go_on_the_pipeline(name):
         (dict(classes=["11"]), "digits 0 to 9"),
         (dict(classes=["x"]), "digits 0 to 9, found 'x'"),
         (dict(cache="fora", computed=7), "at most the 6 steps"),
-        (dict(cache="pab"), "pab chooses its steps itself"),
-        (dict(cache="fora", computed=0, psnr=30.0), "for --cache=ertacache"),
-        (dict(cache="ertacache", psnr=30.0), "expected one of --computed, --psnr"),
+        (dict(cache="pab", computed=3), "pab chooses its steps itself"),
+        (dict(cache="none", computed=3), "every step runs without a cache"),
+        (dict(model=str(FOLDER / "eps")), "predicts 'eps', use ddpm, ddim or dpmpp_2m"),
+        (dict(cache="fora", psnr=30.0), "for --cache=ertacache"),
+        (dict(cache="ertacache", computed=3, psnr=30.0), "expected one of --computed, --psnr"),
         (dict(corrector="tcec"), "give --bits"),
         (dict(solver="rk4"), "expected euler, ddpm, ddim, dpmpp_2m"),
         (dict(name="out.bmp"), r"\.png or \.gif"),
@@ -100,3 +103,8 @@ def test_bad_settings_are_explained_and_leave_nothing(tmp_path, changes, message
     with pytest.raises(ValueError, match=message):
         run(tmp_path, **changes)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none: no such folder; experiments\.train_dit exports one"):
+        sample.build(str(tmp_path / "none"), sample.make_solver("euler", 4), 1.0)
