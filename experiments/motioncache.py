@@ -30,7 +30,7 @@ from jaxcomp.io.files import read_json, replacing, write_json
 COMMAND = "python -m experiments.motioncache"
 FIELD, STILL, MOVING = "exact field", "trained model, still camera", "trained model, moving camera"
 WORLDS = {"field": FIELD, "still": STILL, "moving": MOVING}
-FLOW, TEA, X0 = "FlowCache", "TeaCache", "MotionCache, x0 estimate, alpha {}"
+FLOW, TEA, UNIFORM, X0 = "FlowCache", "TeaCache", "uniform", "MotionCache, x0 estimate, alpha {}"
 MARGINS = {0.5: 3.0, 0.35: 1.0, 0.25: 1.5}  # dB over FlowCache that the field must show
 PAPER_GAIN = 23.46 - 21.83  # dB over FlowCache, SkyReels-V2, "slow": 27 % of the FLOPs of the uncached model
 PAPER_NOTE = "Published: SkyReels-V2 1.3B 540P, slow setting, 30 of 113 PFLOPs, PSNR 23.46 against FlowCache's 21.83"
@@ -139,7 +139,8 @@ def verdicts(results: Results, config: ConfigDict) -> list[str]:
             tried = {m for n, m, b in results if (n, b) == (name, budget) and m.startswith("MotionCache")}
             if tried:
                 best = max(sorted(tried), key=lambda m: gain(results, name, m, budget)[0])
-                found = [f"{base} {in_words(gain(results, name, best, budget, base))}" for base in (FLOW, TEA)]
+                bases = [base for base in (FLOW, TEA, UNIFORM) if (name, base, budget) in results]
+                found = [f"{base} {in_words(gain(results, name, best, budget, base))}" for base in bases]
                 out.append(
                     f"{name}, {budget:.0%}: the best of {len(tried)} settings ({best}) against {', '.join(found)}."
                 )
@@ -149,7 +150,7 @@ def verdicts(results: Results, config: ConfigDict) -> list[str]:
 def in_words(found: tuple[float, float, float]) -> str:
     """A gain in words."""
     value, low, high = found
-    verdict = "ahead" if low > 0 else "on a par" if high > 0 else "BEHIND"
+    verdict = "ahead" if low > 0 else "on a par" if high >= 0 else "BEHIND"
     return f"{value:+.2f} dB [{low:+.2f}, {high:+.2f}]: {verdict}"
 
 
