@@ -4,8 +4,8 @@ python -m experiments.train_dit --config=configs/diffusion/mnist_flow.py --workd
     --data_dir=$JAXCOMP_DATA --export=runs/mnist_flow/model
 python -m experiments.sample --model=runs/mnist_flow/model --cache=ertacache --out=mnist.png
 
-20 minutes on two busy CPU cores. 0.82 of the samples are nearest to a real image of their class (0.50 at a third of this
-learning rate). Strokes are ragged, and some of 4, 5, 8 and 9 are broken.
+15 minutes on two CPU cores. 0.95 of the samples are nearest to a real image of their class (0.82 after 4000 steps), and ERTACache at
+15 of 30 steps is 39 dB from the full run.
 """
 
 from configs.diffusion.recipe import settings
@@ -15,5 +15,5 @@ def get_config():
     """Every setting of the run."""
     model = dict(size=(14, 14), channels=4, patch=(2, 2), hidden_size=64, num_layers=4, num_heads=4, mlp_size=256)
     return settings(
-        data="mnist", objective="flow", model=model, batch_size=32, steps=4000, learning_rate=3e-3, eval_every=2000
+        data="mnist", objective="flow", model=model, batch_size=32, steps=20000, learning_rate=3e-3, eval_every=5000
     )
