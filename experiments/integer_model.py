@@ -34,8 +34,8 @@ NOTE = (
 
 def rows(windows: int = 4, length: int = 256) -> list[Row]:
     """Largest error of a token's logits over the largest logit, for every scheme and implementation of this platform."""
-    config, params, tokenizer = load_embedded()
-    model, kv_bits = Llama(config, quantized_attention(8), scan_layers=True), 8
+    kv_bits, (config, params, tokenizer) = 8, load_embedded()
+    model = Llama(config, quantized_attention(kv_bits), scan_layers=True)
     params = stack_layers(inject_outliers(config, params, jax.random.key(0)))
     tokens = token_windows(tokenizer.encode(embedded_text("validation")).ids, length)[:windows]
     dense = lambda params, tokens: model.apply({"params": params}, tokens)

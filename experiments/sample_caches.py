@@ -53,8 +53,8 @@ CACHES: dict[str, Callable[[Draw, int], Any]] = {
     "ertacache": _erta,
 }
 
-FIXED = ("adacache", "pab", "fastercache")  # these choose their steps themselves
 ATTENTION_ONLY = ("pab", "fastercache")
+FIXED = ("adacache", *ATTENTION_ONLY)  # these choose their steps themselves
 
 
 def budgeted(draw: Draw, evaluation: Batch, report: str, **budget: Any) -> ertacache.ERTACacheConfig:

@@ -86,12 +86,11 @@ def _run_aligned(x, kernel, conv, params):
 
 
 def _run_native(x, kernel, conv, params):
-    padding, strides = tuple(params["padding"]), set(params["window_strides"])
-    inside = all(0 <= zeros < size for sides, size in zip(padding, kernel.shape, strict=False) for zeros in sides)
+    strides = set(params["window_strides"])
+    window = Window(max(strides), tuple(params["padding"]))
     undilated = set(params["lhs_dilation"]) == set(params["rhs_dilation"]) == {1}
-    if params["feature_group_count"] > 1 or len(strides) > 1 or not (inside and undilated):
+    if params["feature_group_count"] > 1 or len(strides) > 1 or not (window.inside(kernel.shape) and undilated):
         return _run_aligned(x, kernel, conv, params)
-    window = Window(max(strides), padding)
 
     def native_convolution(x, kernel):  # `jaxcomp.deploy.fuse` finds the call by this name
         native = lambda x, w: convolution(x, w, "cpu_ffi", window)

@@ -62,8 +62,8 @@ def convolution(
         raise ValueError(f"implementation {implementation!r} is unknown; expected one of {BACKENDS} or None")
     if implementation == "xla" or (implementation is None and not is_built()):
         return _xla(x, kernel, window)
-    run = functools.partial(lax.platform_dependent, cpu=_plain(window), default=functools.partial(_xla, window=window))
-    return run(x, kernel)
+    cpu, library = (functools.partial(run, window=window) for run in (_plain, _xla))
+    return lax.platform_dependent(x, kernel, cpu=cpu, default=library)
 
 
 def fused_convolution(
@@ -107,12 +107,9 @@ def _definition(kernel, bias, *maps, spans, epilogue, window, sums=jnp.float32) 
     return epilogue(_xla(x.astype(sums), kernel.astype(sums), window), bias, maps[-1]).astype(kernel.dtype)
 
 
-def _plain(window: Window):
-    def run(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        bias = jnp.zeros(kernel.shape[3:], kernel.dtype)
-        return _cpu_ffi(kernel, bias, x, spans=((0, x.shape[3]),), epilogue=_IDENTITY, window=window)
-
-    return run
+def _plain(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
+    bias = jnp.zeros(kernel.shape[3:], kernel.dtype)
+    return _cpu_ffi(kernel, bias, x, spans=((0, x.shape[3]),), epilogue=_IDENTITY, window=window)
 
 
 def _cpu_ffi(kernel, bias, *maps, **options) -> jax.Array:
@@ -155,9 +152,7 @@ def _check(maps: Sequence[jax.Array], kernel: jax.Array, window: Window) -> None
         raise ValueError(
             f"expected x [N, H, W, I] and a kernel [h, w, I, O], h and w odd without a padding, found {found}"
         )
-    sides = zip(window.around(kernel.shape), kernel.shape, strict=False)
-    inside = all(0 <= zeros < size for pair, size in sides for zeros in pair)
-    if window.stride < 1 or not inside or min(window.of(maps[0].shape, kernel.shape)) < 1:
+    if window.stride < 1 or not window.inside(kernel.shape) or min(window.of(maps[0].shape, kernel.shape)) < 1:
         raise ValueError(
             f"expected a stride of at least 1, less padding than kernel, and a result, found {window}, {found}"
         )

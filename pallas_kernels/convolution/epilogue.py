@@ -42,6 +42,11 @@ class Window:
         """The padding for a kernel of this shape."""
         return self.padding or tuple((size // 2, size // 2) for size in kernel[:2])
 
+    def inside(self, kernel: tuple[int, ...]) -> bool:
+        """Whether every side has fewer zeros than the kernel."""
+        sides = zip(self.around(kernel), kernel, strict=False)
+        return all(0 <= zeros < size for pair, size in sides for zeros in pair)
+
     def of(self, map: tuple[int, ...], kernel: tuple[int, ...]) -> tuple[int, int, int, int]:
         """The shape of the result for shapes of a map [N, H, W, C] and a kernel."""
         sizes = zip(map[1:3], kernel[:2], self.around(kernel), strict=True)
