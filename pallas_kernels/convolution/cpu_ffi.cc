@@ -56,18 +56,14 @@ struct Request {
 
 template <class T, class In>
 void convolve(ffi::ThreadPool& pool, const Shape& s, const Request& request, const void* w, void* y) {
-  const auto *bias = static_cast<const In*>(request.bias);
-  Epilogue<In> epilogue{request.activation, request.join, request.slope, {}, static_cast<const In*>(request.other)};
-  epilogue.bias.resize(s.vectors() * kLanes);
-  if (request.join == kAddResized) {
-    const int64_t pixel = s.outputs, row = request.other_width * pixel;
-    epilogue.other_image = request.other_height * row;
-    epilogue.rows = stretched(request.other_height, s.height, row);
-    epilogue.columns = stretched(request.other_width, s.width, pixel);
-  }
-  for (int64_t o = 0; o < s.outputs; ++o) epilogue.bias[o] = widen(bias[o]);
+  const bool resized = request.join == kAddResized;
+  const int64_t pixel = s.outputs, row = request.other_width * pixel, image = request.other_height * row;
+  Epilogue<In> epilogue{request.activation, request.join, request.slope, static_cast<const In*>(request.other), image, row, pixel};
+  if (resized) epilogue.rows = stretched(request.other_height, s.height, row);
+  if (resized) epilogue.columns = stretched(request.other_width, s.width, pixel);
   use_huge_pages(y, s.batch * s.height * s.width * s.outputs * sizeof(In));
-  const Layer<T, In> layer(s, request.views, static_cast<const In*>(w), std::move(epilogue), static_cast<In*>(y));
+  const auto *weights = static_cast<const In*>(w), *bias = static_cast<const In*>(request.bias);
+  const Layer<T, In> layer(s, request.views, weights, bias, std::move(epilogue), static_cast<In*>(y));
   const auto tasks = strips(s, std::max<int64_t>(1, pool.num_threads()));
   parallel(pool, tasks.size(), [&](int64_t i) { layer.compute(tasks[i]); });
 }

@@ -17,7 +17,7 @@
 #include <utility>
 #include <vector>
 
-#include "cpu_vectors.cc"
+#include "cpu_epilogue.cc"
 
 namespace {
 
@@ -57,13 +57,20 @@ struct Part {
 template <class Unit>
 using Source = std::vector<Part<Unit>>;
 
+// Of P pixels: V vectors each, and a last one where a rest is spread to; before that, a vector holds the rests of kRest pixels.
+template <int P, int V, bool Rest>
+struct Sums {
+  Vec whole[P][V + Rest], rests[P / kRest];
+};
+
 template <class T, class In>
 class Layer {
  public:
   using Unit = typename T::Unit;
 
-  Layer(const Shape& shape, const std::vector<View>& views, const In* w, Epilogue<In> epilogue, In* y)
-      : s(shape), views(views), units((s.inputs + T::kInputs - 1) / T::kInputs), weights(packed(w)), epilogue(epilogue), y(y) {
+  Layer(const Shape& shape, const std::vector<View>& views, const In* w, const In* bias, Epilogue<In> epilogue, In* y)
+      : s(shape), views(views), units((s.inputs + T::kInputs - 1) / T::kInputs), weights(packed(w)), biases(widened(bias)),
+        epilogue(std::move(epilogue)), y(y) {
     constexpr bool as_in_memory = sizeof(In) * T::kInputs == sizeof(Unit);
     in_place = as_in_memory && (views.size() == 1 || s.taps() == 1);
     for (const View& view : views) in_place = in_place && view.channels % T::kInputs == 0 && view.width % T::kInputs == 0;
@@ -89,6 +96,7 @@ class Layer {
   const std::vector<View>& views;
   const int64_t units;  // of a pixel
   const Aligned<Unit> weights;
+  const Aligned<Vec> biases;
   const Epilogue<In> epilogue;
   In* const y;
   bool in_place;
@@ -116,13 +124,28 @@ class Layer {
   // `first`: of the tile's pixels, counted from the one where the parts [begin, end) begin.
   template <int P, int V, bool Rest>
   void tile(const Part<Unit>* begin, const Part<Unit>* end, int64_t first, int64_t image, int64_t r, int64_t c, int64_t v) const {
+    const int64_t at = ((image * s.height + r) * s.width + c) * s.outputs;
+    fetch<P>(begin, end, first * s.stride, at);
+    Sums<P, V, Rest> sums;
+    multiply(begin, end, first, r, v, sums);
+    finish(sums, {image, r, c, std::min<int64_t>(P, s.width - c), v * kLanes}, y + at + v * kLanes);
+  }
+
+  // Not inlined, so that the sums have all registers for themselves.
+  template <int P, int V, bool Rest>
+  __attribute__((noinline)) void multiply(const Part<Unit>* begin, const Part<Unit>* end, int64_t first, int64_t r, int64_t v,
+                                          Sums<P, V, Rest>& found) const {
+    constexpr int64_t kStep = (V + Rest) * kLanes;
     const int64_t outside = s.top - r * s.stride;  // rows of the window above the map
     const int64_t top = std::max<int64_t>(0, outside), bottom = std::min(s.rows, s.map_height + outside);
-    constexpr int64_t kStep = (V + Rest) * kLanes;
     const Unit* w = &weights[v * s.taps() * units * kLanes + top * s.columns * units * kStep];
-    Pixel place{image, r, c, ((image * s.height + r) * s.width + c) * s.outputs};
-    fetch<P>(begin, end, first * s.stride, place.at);
-    Vec sums[P][V] = {}, rests[Rest ? P / kRest : 1] = {}, mixed;
+    Vec sums[P][V], rests[P / kRest], mixed;
+#pragma GCC unroll 16
+    for (int p = 0; p < P; ++p)
+#pragma GCC unroll 4
+      for (int q = 0; q < V; ++q) sums[p][q] = biases[v + q];
+#pragma GCC unroll 4
+    for (int i = 0; Rest && i < P / kRest; ++i) rests[i] = biases[v + V];
     for (int64_t i = top; i < bottom; ++i) {
       for (const Part<Unit>* part = begin; part < end; ++part) {
         const int64_t step = part->pixel * s.stride, depth = part->depth;
@@ -141,15 +164,29 @@ class Layer {
         }
       }
     }
-    for (int64_t p = 0; p < std::min<int64_t>(P, s.width - c); ++p, ++place.column, place.at += s.outputs) {
-      for (int q = 0; q < V; ++q) {
-        const int64_t output = (v + q) * kLanes, count = std::min(kLanes, s.outputs - output);
-        store(y + place.at + output, epilogue(sums[p][q], place, output, count), count);
-      }
-      if (Rest) {
-        const int64_t output = (v + V) * kLanes, count = s.outputs - output;
-        store(y + place.at + output, epilogue(quarter(rests[p / kRest], p % kRest), place, output, count), count);
-      }
+#pragma GCC unroll 16
+    for (int p = 0; p < P; ++p)
+#pragma GCC unroll 4
+      for (int q = 0; q < V; ++q) found.whole[p][q] = sums[p][q];
+#pragma GCC unroll 4
+    for (int i = 0; Rest && i < P / kRest; ++i) found.rests[i] = rests[i];
+  }
+
+  // Activates, joins and stores the sums of a tile.
+  template <int P, int V, bool Rest>
+  void finish(Sums<P, V, Rest>& sums, Place place, In* to) const {
+    constexpr int kVectors = V + Rest;
+    const bool join_first = epilogue.join == kAddFirst;
+    for (int p = 0; p < P && !join_first; ++p) epilogue.activate(sums.whole[p], V);
+    if (Rest) {
+      if (!join_first) epilogue.activate(sums.rests, P / kRest);
+      for (int p = 0; p < P; ++p) sums.whole[p][V] = quarter(sums.rests[p / kRest], p % kRest);
+    }
+    place.last = std::min(kLanes, s.outputs - place.output - (kVectors - 1) * kLanes);
+    epilogue.combine(sums.whole, place);
+    for (int64_t p = 0; p < place.pixels; ++p, to += s.outputs) {
+      if (join_first) epilogue.activate(sums.whole[p], kVectors);
+      for (int q = 0; q < kVectors; ++q) store(to + q * kLanes, sums.whole[p][q], q < kVectors - 1 ? kLanes : place.last);
     }
   }
 
@@ -237,8 +274,20 @@ class Layer {
     }
   }
 
-  // Weights in the order in which `tile` reads them: groups of vectors, then window, units, vectors, lanes. The vector of a rest
-  // holds it once for each pixel that it serves.
+  // The output that lane `o % kLanes` of a vector stands for: the vector of a rest holds it once for each pixel that it serves.
+  int64_t output(int64_t o) const {
+    const int64_t v = o / kLanes;
+    return v % kGroup == kGroup - 1 && has_rest(v - v % kGroup) ? v * kLanes + o % kRest : o;
+  }
+
+  Aligned<Vec> widened(const In* bias) const {
+    Aligned<Vec> out(s.vectors());
+    for (int64_t o = 0; o < s.vectors() * kLanes; ++o)
+      out[o / kLanes][o % kLanes] = output(o) < s.outputs ? widen(bias[output(o)]) : 0.f;
+    return out;
+  }
+
+  // Weights in the order in which `tile` reads them: groups of vectors, then window, units, vectors, lanes.
   Aligned<Unit> packed(const In* w) const {
     Aligned<Unit> out;
     out.reserve(s.vectors() * s.taps() * units * kLanes);
@@ -247,10 +296,9 @@ class Layer {
       for (int64_t tap = 0; tap < s.taps(); ++tap)
         for (int64_t u = 0; u < units; ++u)
           for (int64_t o = v * kLanes; o < last; ++o) {
-            const bool rest = has_rest(v) && o >= last - kLanes;
-            const int64_t k = u * T::kInputs, output = rest ? last - kLanes + o % kRest : o;
-            const In* from = w + (tap * s.inputs + k) * s.outputs + output;
-            out.push_back(output < s.outputs ? T::unit(from, s.outputs, s.inputs - k) : Unit{});
+            const int64_t k = u * T::kInputs;
+            const In* from = w + (tap * s.inputs + k) * s.outputs + output(o);
+            out.push_back(output(o) < s.outputs ? T::unit(from, s.outputs, s.inputs - k) : Unit{});
           }
     }
     return out;

@@ -1,4 +1,4 @@
-// Vectors of 16 float32 sums: how inputs are multiplied into them, and what happens to them before they are stored.
+// Vectors of 16 float32 sums: how inputs are multiplied into them, how they are read and stored.
 #pragma once
 
 #include <algorithm>
@@ -7,7 +7,7 @@
 #include <new>
 #include <vector>
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
@@ -81,20 +81,27 @@ inline Vec quarter(const Vec& x, int64_t index) {
   return y;
 }
 
+#if defined(__AVX512F__)
+inline __mmask16 first(int64_t count) { return static_cast<__mmask16>((1u << count) - 1); }
+#endif
+
 inline Vec load(const float* x, int64_t count) {
   Vec y = {};
   if (count == kLanes) {
     std::memcpy(&y, x, sizeof y);
-  } else {
-    for (int64_t i = 0; i < count; ++i) y[i] = x[i];
+    return y;
   }
+#if defined(__AVX512F__)
+  return (Vec)_mm512_maskz_loadu_ps(first(count), x);
+#else
+  for (int64_t i = 0; i < count; ++i) y[i] = x[i];
   return y;
+#endif
 }
 
 inline Vec load(const Bf16* x, int64_t count) {
 #if defined(__AVX512BF16__)
-  const auto mask = static_cast<__mmask16>((1u << count) - 1);
-  return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, x)), 16);
+  return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first(count), x)), 16);
 #else
   Vec y = {};
   for (int64_t i = 0; i < count; ++i) y[i] = widen(x[i]);
@@ -105,15 +112,18 @@ inline Vec load(const Bf16* x, int64_t count) {
 inline void store(float* y, const Vec& sums, int64_t count) {
   if (count == kLanes) {
     std::memcpy(y, &sums, sizeof sums);
-  } else {
-    for (int64_t i = 0; i < count; ++i) y[i] = sums[i];
+    return;
   }
+#if defined(__AVX512F__)
+  _mm512_mask_storeu_ps(y, first(count), (__m512)sums);
+#else
+  for (int64_t i = 0; i < count; ++i) y[i] = sums[i];
+#endif
 }
 
 inline void store(Bf16* y, const Vec& sums, int64_t count) {  // rounds half to even
 #if defined(__AVX512BF16__)
-  const auto mask = static_cast<__mmask16>((1u << count) - 1);
-  _mm256_mask_storeu_epi16(y, mask, (__m256i)_mm512_cvtneps_pbh((__m512)sums));
+  _mm256_mask_storeu_epi16(y, first(count), (__m256i)_mm512_cvtneps_pbh((__m512)sums));
 #else
   for (int64_t i = 0; i < count; ++i) {
     uint32_t bits;
@@ -138,66 +148,5 @@ inline Vec sigmoid(Vec x) {
   e = (e * r + 1.f) * r + 1.f;
   return 1.f / (1.f + e * (Vec)((__builtin_convertvector(power, Ints) + 127) << 23));
 }
-
-// Where a place of a line that is stretched to another length lies between two of its own: (1 - t) * first + t * second.
-struct Between {
-  int64_t first, second;
-  float t;
-};
-
-// All places of a line of `size` that is stretched to `length`, in units of `step`: centres at half pixels, ends repeated.
-inline std::vector<Between> stretched(int64_t size, int64_t length, int64_t step) {
-  std::vector<Between> places;
-  for (int64_t i = 0; i < length; ++i) {
-    const double x = std::clamp((i + 0.5) * size / length - 0.5, 0.0, size - 1.0);
-    const auto first = static_cast<int64_t>(x);
-    places.push_back({first * step, std::min(first + 1, size - 1) * step, static_cast<float>(x - first)});
-  }
-  return places;
-}
-
-enum Activation : int32_t { kIdentity, kLeakyRelu, kSigmoid };
-enum Join : int32_t { kNone, kAdd, kMultiply, kAddFirst, kAddResized };
-
-// A pixel of the result; `at`: of its first channel.
-struct Pixel {
-  int64_t image, row, column, at;
-};
-
-// What happens to sums before they are rounded; the other map has the shape of the result, or is resized to it.
-template <class Out>
-struct Epilogue {
-  Activation activation;
-  Join join;
-  float slope;
-  std::vector<float> bias;  // filled with zeros to whole vectors
-  const Out* other;
-  int64_t other_image;  // elements of one image of the other map
-  std::vector<Between> rows, columns;  // of the other map, if it is resized
-
-  inline Vec operator()(Vec y, const Pixel& pixel, int64_t output, int64_t count) const {
-    const Out* const z = other + pixel.at + output;
-    y += load(&bias[output], kLanes);
-    if (join == kAddFirst) y += load(z, count);
-    if (activation == kLeakyRelu) y = y < 0.f ? (slope == 0.f ? Vec{} : y * slope) : y;
-    if (activation == kSigmoid) y = sigmoid(y);
-    if (join == kAdd) y += load(z, count);
-    if (join == kMultiply) y *= load(z, count);
-    if (join == kAddResized) y += resized(pixel, output, count);
-    return y;
-  }
-
-  // The other map at a pixel of the result, bilinear.
-  inline Vec resized(const Pixel& pixel, int64_t output, int64_t count) const {
-    const Between &row = rows[pixel.row], &column = columns[pixel.column];
-    const Out* const z = other + pixel.image * other_image + output;
-    const auto mixed = [&](const Out* line) {
-      const Vec left = load(line + column.first, count);
-      return left + (load(line + column.second, count) - left) * column.t;
-    };
-    const Vec above = mixed(z + row.first);
-    return above + (mixed(z + row.second) - above) * row.t;
-  }
-};
 
 }  // namespace
