@@ -179,8 +179,9 @@ def departures(found: list[Row]) -> list[str]:
         "What was done: the C++ convolution reads maps where they are, multiplies bfloat16 in pairs, packs the 4 channels beyond "
         "48 of four pixels into one vector, steps over pixels, and fetches ahead what it will read, join and overwrite. XLA runs "
         "what lies between such calls in passes of their own; fused, the call adds the bias, activates, joins the residual, adds "
-        "the resized attention or gates by the sigmoid, and reads IMDN's splits and concatenations in place. What is left beside "
-        "the convolutions is the max pooling of RLFN's attention at half the resolution, and the pixel shuffle.",
+        "the resized attention or gates by the sigmoid, stage by stage over a tile of sums, and reads IMDN's splits and "
+        "concatenations in place. What is left beside the convolutions is the max pooling of RLFN's attention at half the "
+        "resolution (2 % of its time), and the pixel shuffle (2 %; done in the last convolution's store it costs as much there).",
         "Maps of tens of megabytes are fresh memory in most runs of either library, and page faults a part of all times: up to "
         "half of PyTorch's in float32 on the large image; the C++ calls ask for huge pages. With an allocator that keeps what is "
         "freed (glibc: MALLOC_MMAP_THRESHOLD_, MALLOC_TRIM_THRESHOLD_) PyTorch gains more than JAX, and the ratios shrink.",
