@@ -66,7 +66,8 @@ def compiler() -> str | None:
 @functools.cache
 def _digest(source: pathlib.Path, flags: tuple[str, ...]) -> str:
     """Of all that a library depends on; every product that is traced asks for it, files are read once."""
-    sources = [path.read_bytes() for path in sorted(source.parent.glob("*.cc"))]  # one may include another
+    folders = (pathlib.Path(__file__).parent, source.parent)  # one source may include another
+    sources = [path.read_bytes() for folder in folders for path in sorted(folder.glob("*.cc"))]
     facts = (*sources, " ".join(flags).encode(), jax.__version__.encode(), machine().encode())
     return hashlib.sha256(b"\0".join(facts)).hexdigest()[:16]
 

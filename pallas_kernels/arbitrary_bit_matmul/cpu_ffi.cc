@@ -6,16 +6,13 @@
 // Five-level codes in base 5 (three codes in 7 bits) need three look-ups in 128-byte tables more. Elsewhere the same in scalar code.
 #include <algorithm>
 #include <array>
-#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <functional>
-#include <memory>
-#include <thread>
 #include <utility>
 #include <vector>
 
+#include "../threads.cc"
 #include "xla/ffi/api/ffi.h"
 
 #if defined(__AVX512VBMI__) && defined(__AVX512VNNI__) && defined(__AVX512VL__)
@@ -30,6 +27,7 @@ using Bytes128 = std::array<uint8_t, 128>;
 constexpr int64_t kCodes = 64;   // codes of a vector
 constexpr int64_t kMaxRows = 4;  // activation rows that share one expansion of the weights
 constexpr int64_t kLine = 64;    // bytes that one prefetch brings
+constexpr int64_t kBlock = 64;   // rows of weights of a task
 constexpr int64_t kSerialBytes = 1 << 16;  // weights that one thread reads faster than it wakes another
 constexpr float kDigit = 127, kBase = 2 * kDigit;
 
@@ -347,30 +345,15 @@ void tile(const Product& p, const Codec& shared, const Spread& spread, const Sum
   });
 }
 
-// Runs work(begin, end) over blocks of [0, n) on the calling thread and, unless alone, on those of the pool that are free.
-void parallel(ffi::ThreadPool& pool, int64_t n, int64_t block, bool alone, const std::function<void(int64_t, int64_t)>& work) {
-  if (alone) return work(0, n);
-  struct State {
-    std::atomic<int64_t> next{0}, finished{0};
-  };
-  auto state = std::make_shared<State>();  // outlives this call in helpers that start late and find no block left
-  const int64_t blocks = (n + block - 1) / block;
-  auto drain = [state, blocks, block, n, work = &work] {
-    for (int64_t i; (i = state->next++) < blocks; ++state->finished) (*work)(i * block, std::min(n, (i + 1) * block));
-  };
-  const int64_t helpers = std::min<int64_t>(pool.num_threads(), blocks) - 1;
-  for (int64_t t = 0; t < helpers; ++t) pool.Schedule([drain] { drain(); });
-  drain();
-  while (state->finished < blocks) std::this_thread::yield();
-}
-
 template <int M, class Codec>
 void multiply(ffi::ThreadPool& pool, const Product& p, const Codec& codec, uint8_t centre) {
   constexpr int R = M == 1 ? 4 : Codec::kRuns == 1 || M == 2 ? 2 : 1;  // as many as registers hold
   const auto start = starts<M, Codec>(p, centre);
   const Spread spread(p.spread);
-  parallel(pool, p.n, 64, p.n * p.stride <= kSerialBytes, [&](int64_t begin, int64_t end) {
-    int64_t n = begin;
+  const int64_t block = p.n * p.stride <= kSerialBytes ? p.n : kBlock;
+  parallel(pool, (p.n + block - 1) / block, [&](int64_t i) {
+    int64_t n = i * block;
+    const int64_t end = std::min(p.n, n + block);
     for (; n + R <= end; n += R) tile<M, R>(p, codec, spread, start.data(), n);
     for (; n < end; ++n) tile<M, 1>(p, codec, spread, start.data(), n);
   });

@@ -1,36 +1,20 @@
 // The XLA call of the convolution of `cpu_layer.cc`: checks, threads, memory.
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
-#include <functional>
-#include <memory>
-#include <thread>
+#include <utility>
 #include <vector>
 
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
 
+#include "../threads.cc"
 #include "cpu_layer.cc"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
 
 namespace {
-
-// Tasks 0 .. n - 1 on the pool's threads and this one; threads that come too late find nothing left.
-void parallel(ffi::ThreadPool& pool, int64_t n, const std::function<void(int64_t)>& work) {
-  struct Shared {
-    std::atomic<int64_t> next{0}, done{0};
-  };
-  auto shared = std::make_shared<Shared>();
-  auto drain = [shared, n, &work] {
-    for (int64_t i; (i = shared->next.fetch_add(1)) < n; shared->done.fetch_add(1, std::memory_order_release)) work(i);
-  };
-  for (int64_t t = 1; t < std::min<int64_t>(n, pool.num_threads()); ++t) pool.Schedule([drain] { drain(); });
-  drain();
-  while (shared->done.load(std::memory_order_acquire) < n) std::this_thread::yield();
-}
 
 // Asks for huge pages, those at the ends included: a result is often fresh memory, and in a block that it shares with others;
 // faults of small pages would take a tenth of a network's time.

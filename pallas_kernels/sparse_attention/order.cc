@@ -1,34 +1,16 @@
 // Positions in the order of packed words, rows on the threads of XLA's pool: a radix sort of the bits above the position, which
 // starts in order and stays so among ties, as the sort of whole words has it.
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
-#include <functional>
-#include <memory>
-#include <thread>
 #include <utility>
 #include <vector>
 
+#include "../threads.cc"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
 
 namespace {
-
-// Runs work(i) for i in [0, n) on the calling thread and on those of the pool that are free.
-void parallel(ffi::ThreadPool& pool, int64_t n, const std::function<void(int64_t)>& work) {
-  struct Progress {
-    std::atomic<int64_t> next{0}, finished{0};
-  };
-  auto progress = std::make_shared<Progress>();  // outlives this call in helpers that start late and find nothing left
-  auto drain = [progress, n, work = &work] {
-    for (int64_t i; (i = progress->next++) < n; ++progress->finished) (*work)(i);
-  };
-  const int64_t helpers = std::min<int64_t>(pool.num_threads(), n) - 1;
-  for (int64_t t = 0; t < helpers; ++t) pool.Schedule([drain] { drain(); });
-  drain();
-  while (progress->finished < n) std::this_thread::yield();
-}
 
 // Sorts t words by the bits from `bits` up, a few of them at a time.
 void radix_sort(std::vector<uint32_t>& words, std::vector<uint32_t>& other, int64_t bits) {
