@@ -9,7 +9,6 @@ other `--seeds` or `--settings` may share `--out`. A run of all seeds and settin
 import dataclasses
 import functools
 import pathlib
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -17,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags, logging
+from absl import flags, logging
 from ml_collections import ConfigDict
 
 import configs.lm
@@ -25,7 +24,7 @@ from experiments import abq_card
 from experiments import lm as experiment
 from experiments.lm import LanguageModel, Text
 from experiments.lm_baselines import text_names
-from experiments.runs import define_card_flags
+from experiments.runs import define_card_flags, launch
 from experiments.stages import Stages
 from jaxcomp.core.apply import compressed
 from jaxcomp.core.calibrate import Calibration
@@ -257,16 +256,13 @@ def main(argv) -> None:
     logging.set_verbosity(logging.WARNING)
     config, f = flags.FLAGS.config, flags.FLAGS
     seeds, schemes = [int(s) for s in f.seeds] or config.seeds, f.settings or list(config.schemes)
-    try:
-        if unknown := sorted(set(schemes) - set(config.schemes)) + sorted(set(seeds) - set(config.seeds)):
-            raise ValueError(f"{unknown[0]!r}: expected settings of {list(config.schemes)} and seeds of {config.seeds}")
-        out = pathlib.Path(f.out)
-        results = run_all(config, out, seeds, schemes, f.overwrite)
-        if f.seeds or f.settings:
-            return
-        speed, noise = time_decoding(config, out), float_noise(config, out)
-    except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"abq_llm: {error}")
+    if unknown := sorted(set(schemes) - set(config.schemes)) + sorted(set(seeds) - set(config.seeds)):
+        raise ValueError(f"{unknown[0]!r}: expected settings of {list(config.schemes)} and seeds of {config.seeds}")
+    out = pathlib.Path(f.out)
+    results = run_all(config, out, seeds, schemes, f.overwrite)
+    if f.seeds or f.settings:
+        return
+    speed, noise = time_decoding(config, out), float_noise(config, out)
     abq_card.card(config, results, speed, noise).write(f.results)
     abq_card.plot(results, pathlib.Path(f.results) / "abq_llm.png")
     print(f"{f.results}/abq_llm.md")
@@ -276,4 +272,4 @@ if __name__ == "__main__":
     define_card_flags(pathlib.Path(configs.lm.__file__).parent / "abq.py", "runs/abq_llm")
     flags.DEFINE_list("seeds", [], "Only these seeds; no card.")
     flags.DEFINE_list("settings", [], "Only these schemes; no card.")
-    app.run(main)
+    launch(main)

@@ -27,6 +27,7 @@ from absl import app, flags
 from experiments import integer_model
 from experiments.cards import Card, Row, command_line, current_commit
 from experiments.decode_speed import model_rows
+from experiments.runs import launch
 from experiments.stages import Stages
 from jaxcomp.evaluate.intervals import median_by_order
 from pallas_kernels.arbitrary_bit_matmul import BACKENDS, api, arbitrary_bit_matmul, cpu_ffi, pack_dense, unpack_dense
@@ -229,4 +230,4 @@ def main(argv) -> None:
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main)
+    launch(main)

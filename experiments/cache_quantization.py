@@ -8,18 +8,17 @@ there. Needs no data: the model is the flow-matching digits that ship with the p
 
 import dataclasses
 import pathlib
-import sys
 import time
 from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags, logging
+from absl import flags, logging
 from ml_collections import ConfigDict
 
 import configs.diffusion
 from experiments.cards import Card, Row, current_commit, current_device
-from experiments.runs import define_card_flags
+from experiments.runs import define_card_flags, launch
 from experiments.stages import Stages
 from experiments.tcec import FORMS, LS2, Case, Noises, build, draw, draw_noises
 from jaxcomp.core.apply import compressed
@@ -190,12 +189,9 @@ def main(argv) -> None:
     del argv
     logging.set_verbosity(logging.WARNING)
     config, f = flags.FLAGS.config, flags.FLAGS
-    try:
-        stages = Stages(f.out, config.to_dict() | {"jax": jax.__version__}, overwrite=f.overwrite)
-        results = run_all(config, stages)
-        timing = stages.run("timing", lambda: run_timing(config))
-    except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"cache_quantization: {error}")
+    stages = Stages(f.out, config.to_dict() | {"jax": jax.__version__}, overwrite=f.overwrite)
+    results = run_all(config, stages)
+    timing = stages.run("timing", lambda: run_timing(config))
     card(config, results, timing).write(f.results)
     print(f"{f.results}/cache_quantization_matrix.md")
 
@@ -204,4 +200,4 @@ if __name__ == "__main__":
     define_card_flags(
         pathlib.Path(configs.diffusion.__file__).parent / "cache_quantization.py", "runs/cache_quantization"
     )
-    app.run(main)
+    launch(main)

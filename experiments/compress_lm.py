@@ -26,6 +26,7 @@ import configs.lm
 from experiments import lm as experiment
 from experiments import lm_report
 from experiments.lm import LanguageModel, Text
+from experiments.runs import launch
 from experiments.stages import Stages, discard
 from jaxcomp.core.leaf import is_compressed, leaves_with_paths
 from jaxcomp.core.mesh import fetch, initialize_distributed, not_split, parse_mesh, placement, shard_params
@@ -269,15 +270,12 @@ def main(argv) -> None:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
     f = flags.FLAGS
     logging.set_verbosity(logging.WARNING)  # Orbax logs every file
-    try:
-        initialize_distributed(f.coordinator, f.num_processes, f.process_id)
-        mesh = parse_mesh(f.mesh) if f.mesh else None
-        if f.native_kernel:
-            build_native_kernel()
-        job = Job(f.config, pathlib.Path(f.out), f.model, f.text, f.calibration_text, mesh, f.overwrite)
-        result = compress_lm(job)
-    except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"compress_lm: {error}")
+    initialize_distributed(f.coordinator, f.num_processes, f.process_id)
+    mesh = parse_mesh(f.mesh) if f.mesh else None
+    if f.native_kernel:
+        build_native_kernel()
+    job = Job(f.config, pathlib.Path(f.out), f.model, f.text, f.calibration_text, mesh, f.overwrite)
+    result = compress_lm(job)
     if jax.process_index() == 0:
         console = Console()
         console.print(result.table())
@@ -290,4 +288,4 @@ if __name__ == "__main__":
     except AttributeError as error:  # ml_collections wraps a KeyError: an override names no field of the config
         cause = error.args[0].args[0] if isinstance(error.args[0], KeyError) else error
         sys.exit(f"compress_lm: unknown setting {' '.join(str(cause).split())}")
-    app.run(main)
+    launch(main)

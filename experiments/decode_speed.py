@@ -19,9 +19,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from experiments.cards import Row
+from experiments.runs import launch
 from jaxcomp.core.leaf import nbytes
 from jaxcomp.core.transform import compress
 from jaxcomp.data import load_embedded
@@ -144,4 +145,4 @@ def main(argv) -> None:
 
 if __name__ == "__main__":
     flags.DEFINE_string("scheme", "w4a8g128", "float32, or w<bits>[l<levels>]a<bits>[g<group>].")
-    app.run(main)
+    launch(main)

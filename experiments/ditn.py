@@ -15,10 +15,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from experiments import sr
 from experiments.cards import Card, Row, command_line, current_commit, current_device
+from experiments.runs import launch
 from jaxcomp.core.apply import compressed
 from jaxcomp.core.transform import compress
 from jaxcomp.deploy import cpu_convolutions
@@ -160,4 +161,4 @@ def main(argv) -> None:
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main)
+    launch(main)

@@ -6,21 +6,20 @@ Every seed, and the timing, is recorded in `--out` when it is done; a killed exp
 """
 
 import pathlib
-import sys
 import time
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags, logging
+from absl import flags, logging
 from ml_collections import ConfigDict
 
 import configs.diffusion
 from experiments.cards import current_device
 from experiments.ertacache_card import card
 from experiments.ertacache_methods import Bench, baselines, variants
-from experiments.runs import define_card_flags
+from experiments.runs import define_card_flags, launch
 from experiments.stages import Stages
 from jaxcomp.data import digits as data
 from jaxcomp.data.embedded_dit import FOLDER
@@ -107,14 +106,11 @@ def main(argv) -> None:
     del argv
     logging.set_verbosity(logging.WARNING)
     config, args = flags.FLAGS.config, flags.FLAGS
-    try:
-        digits = load(config)
-        facts = {"model_digest": digest(digits.params), "jax": jax.__version__}
-        stages = Stages(args.out, config.to_dict() | facts, overwrite=args.overwrite)
-        seeds = [stages.run(f"seed {seed}", lambda seed=seed: run_seed(config, digits, seed)) for seed in config.seeds]
-        timing = stages.run("timing", lambda: run_timing(config, digits))
-    except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"ertacache: {error}")
+    digits = load(config)
+    facts = {"model_digest": digest(digits.params), "jax": jax.__version__}
+    stages = Stages(args.out, config.to_dict() | facts, overwrite=args.overwrite)
+    seeds = [stages.run(f"seed {seed}", lambda seed=seed: run_seed(config, digits, seed)) for seed in config.seeds]
+    timing = stages.run("timing", lambda: run_timing(config, digits))
     device = current_device()
     card(config, seeds, timing, device).write(args.results)
     print(f"{args.results}/ertacache.md")
@@ -122,4 +118,4 @@ def main(argv) -> None:
 
 if __name__ == "__main__":
     define_card_flags(pathlib.Path(configs.diffusion.__file__).parent / "ertacache.py", "runs/ertacache")
-    app.run(main)
+    launch(main)

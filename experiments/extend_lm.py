@@ -14,12 +14,12 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags, logging
+from absl import flags, logging
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from experiments import train_lm, training
-from experiments.runs import claim
+from experiments.runs import claim, launch
 from jaxcomp.data import embedded_text, load_embedded, token_windows
 from jaxcomp.data.text import SPLITS
 from jaxcomp.models import Llama, LlamaConfig, Rope, dot_product_attention
@@ -84,4 +84,4 @@ def main(argv) -> None:
 
 if __name__ == "__main__":
     flags.mark_flag_as_required("config")
-    app.run(main)
+    launch(main)

@@ -7,21 +7,20 @@ Every run (model, seed, scheme, method) is recorded in `--out` when it is done; 
 
 import os
 import pathlib
-import sys
 import time
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags, logging
+from absl import flags, logging
 from ml_collections import ConfigDict
 
 import configs.lm
 from experiments import lm as experiment
 from experiments.cards import Card, Row, current_commit, current_device
 from experiments.lm import LanguageModel, Text
-from experiments.runs import define_card_flags
+from experiments.runs import define_card_flags, launch
 from experiments.stages import Stages
 from jaxcomp.core.leaf import nbytes
 from jaxcomp.core.report import report
@@ -188,15 +187,12 @@ def main(argv) -> None:
     config, f = flags.FLAGS.config, flags.FLAGS
     facts = {"methods": experiment.source_digest(config.methods), "jax": jax.__version__}
     facts |= {"texts": text_names(), "model_files": experiment.fingerprint(None)}
-    try:
-        stages = Stages(f.out, config.to_dict() | facts, overwrite=f.overwrite)
-        results = run_all(config, stages)
-    except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"lm_baselines: {error}")
+    stages = Stages(f.out, config.to_dict() | facts, overwrite=f.overwrite)
+    results = run_all(config, stages)
     card(config, results).write(f.results)
     print(f"{f.results}/lm_baselines.md")
 
 
 if __name__ == "__main__":
     define_card_flags(pathlib.Path(configs.lm.__file__).parent / "baselines.py", "runs/lm_baselines")
-    app.run(main)
+    launch(main)

@@ -8,14 +8,13 @@ leaves out the trained model. `--speed` measures wall time again (on an otherwis
 
 import dataclasses
 import pathlib
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 from ml_collections import ConfigDict
 
 import configs.diffusion
@@ -23,7 +22,7 @@ from experiments import motioncache_report as pictures
 from experiments import motioncache_worlds as worlds
 from experiments.cards import Card, Row, current_commit, current_device
 from experiments.motioncache_speed import measure
-from experiments.runs import define_card_flags
+from experiments.runs import define_card_flags, launch
 from experiments.stages import Stages
 from jaxcomp.io.files import read_json, replacing, write_json
 
@@ -227,13 +226,10 @@ def main(argv) -> None:
     del argv
     args = flags.FLAGS
     config = args.config
-    try:
-        names = chosen_worlds(args.worlds)
-        stages = Stages(args.out, config.to_dict() | {"jax": jax.__version__}, ("speed.json",), args.overwrite)
-        results = run_all(config, names, stages)
-        speed = speed_of(pathlib.Path(args.out) / "speed.json", config, args.speed)
-    except (ValueError, OSError) as error:
-        sys.exit(f"motioncache: {error}")
+    names = chosen_worlds(args.worlds)
+    stages = Stages(args.out, config.to_dict() | {"jax": jax.__version__}, ("speed.json",), args.overwrite)
+    results = run_all(config, names, stages)
+    speed = speed_of(pathlib.Path(args.out) / "speed.json", config, args.speed)
     card(config, results, speed).write(args.results)
     draw(pathlib.Path(args.results), config, names, results)
     print(f"{args.results}/motioncache.md")
@@ -243,4 +239,4 @@ if __name__ == "__main__":
     define_card_flags(pathlib.Path(configs.diffusion.__file__).parent / "motioncache.py", "runs/motioncache")
     flags.DEFINE_list("worlds", list(WORLDS), "Where to compare: field, still (camera), moving.")
     flags.DEFINE_boolean("speed", False, "Measure wall time.")
-    app.run(main)
+    launch(main)

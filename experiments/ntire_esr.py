@@ -19,12 +19,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 from rich.console import Console
 from rich.table import Table
 
 from experiments import sr
 from experiments.cards import Card, Row, current_commit
+from experiments.runs import launch
 from jaxcomp.data.bicubic import imresize
 from jaxcomp.evaluate.challenge import (
     Entry,
@@ -209,4 +210,4 @@ def main(argv) -> None:
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main)
+    launch(main)

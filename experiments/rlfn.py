@@ -22,10 +22,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from experiments import sr
 from experiments.cards import Card, Row, command_line, current_commit, current_device
+from experiments.runs import launch
 from experiments.stages import Stages
 from jaxcomp.core.apply import explain
 from jaxcomp.core.calibrate import Calibration
@@ -178,7 +179,7 @@ def main(argv) -> None:
     del argv
     start, args = time.monotonic(), flags.FLAGS
     if "JAXCOMP_DATA" not in os.environ:
-        raise SystemExit("rlfn: set JAXCOMP_DATA to a folder that holds sr/weights and sr/set5")
+        raise ValueError("set JAXCOMP_DATA to a folder that holds sr/weights and sr/set5")
     data = pathlib.Path(os.environ["JAXCOMP_DATA"])
     weights = data / "sr" / "weights" / "rlfn_x4.safetensors"
     model, params = load_super_resolver("rlfn_x4", weights)
@@ -200,4 +201,4 @@ def main(argv) -> None:
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main)
+    launch(main)

@@ -1,12 +1,14 @@
-"""What scripts share: a folder that belongs to one run, the state of a training with averaged weights, the flags of a card."""
+"""What scripts share: how they start and end, a folder that belongs to one run, the state of a training, the flags of a card."""
 
 import json
 import pathlib
+import sys
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import optax
-from absl import flags
+from absl import app, flags
 from jaxtyping import Float, Int
 from ml_collections import ConfigDict, config_flags
 
@@ -23,6 +25,22 @@ class State(NamedTuple):
     opt_state: optax.OptState
     step: Int[np.ndarray, ""]
     seconds: Float[np.ndarray, ""]
+
+
+def launch(main: Callable[[Sequence[str]], None]) -> None:
+    """Runs a script: what its user can mend ends it with one line that names the script, Ctrl-C with status 130."""
+
+    def run(arguments: Sequence[str]) -> None:
+        name = pathlib.Path(sys.argv[0]).stem
+        try:
+            main(arguments)
+        except KeyboardInterrupt:
+            print(f"{name}: interrupted", file=sys.stderr)
+            sys.exit(130)
+        except (ValueError, OSError, FloatingPointError) as error:
+            sys.exit(f"{name}: {error}")
+
+    app.run(run)
 
 
 def define_card_flags(config: pathlib.Path, out: str) -> None:

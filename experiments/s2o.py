@@ -8,7 +8,6 @@ Every finished piece is recorded in `--out`; a killed experiment goes on from th
 from __future__ import annotations
 
 import pathlib
-import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags, logging
+from absl import flags, logging
 from ml_collections import ConfigDict
 
 import configs.attention
@@ -27,7 +26,7 @@ from experiments import s2o_pictures as pictures
 from experiments import s2o_recall as recall
 from experiments import s2o_retrieval as retrieval
 from experiments.cards import current_device
-from experiments.runs import define_card_flags
+from experiments.runs import define_card_flags, launch
 from experiments.s2o_card import card
 from experiments.stages import Stages
 from jaxcomp.attention.baselines import dense
@@ -171,11 +170,10 @@ def main(argv) -> None:
     del argv
     logging.set_verbosity(logging.WARNING)
     config, f = flags.FLAGS.config, flags.FLAGS
-    try:
-        stages = {part: Stages(f"{f.out}/{part}", identity(config, part), overwrite=f.overwrite) for part in f.parts}
-        results = {part: PARTS[part](config, stages[part]) for part in f.parts}
-    except (ValueError, OSError, KeyError, FloatingPointError) as error:
-        sys.exit(f"s2o: {error}")
+    if unknown := sorted(set(f.parts) - set(PARTS)):
+        raise ValueError(f"--parts: {unknown[0]!r} is unknown; expected some of {', '.join(PARTS)}")
+    stages = {part: Stages(f"{f.out}/{part}", identity(config, part), overwrite=f.overwrite) for part in f.parts}
+    results = {part: PARTS[part](config, stages[part]) for part in f.parts}
     folder = pathlib.Path(f.results)
     written = card(config, results, current_device(), folder)
     written.write(folder)
@@ -188,4 +186,4 @@ def main(argv) -> None:
 if __name__ == "__main__":
     define_card_flags(pathlib.Path(configs.attention.__file__).parent / "s2o.py", "runs/s2o")
     flags.DEFINE_list("parts", list(PARTS), "What to run.")
-    app.run(main)
+    launch(main)

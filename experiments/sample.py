@@ -12,17 +12,17 @@ step. Prints how far the samples are from those of the full run on the same nois
 """
 
 import pathlib
-import sys
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags, logging
+from absl import flags, logging
 from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from experiments.runs import launch
 from experiments.sample_caches import ATTENTION_ONLY, CACHES, FIXED, Draw, budgeted
 from experiments.tcec import CORRECTORS, RULES
 from jaxcomp.core.apply import compressed
@@ -217,12 +217,9 @@ def main(argv) -> None:
     """Runs with one-line errors."""
     del argv
     logging.set_verbosity(logging.WARNING)
-    try:
-        run(flags.FLAGS)
-    except (ValueError, OSError) as error:
-        sys.exit(f"sample: {error}")
+    run(flags.FLAGS)
 
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main)
+    launch(main)

@@ -9,17 +9,17 @@ every video comes after the one of the full run on the same noise, and their PSN
 """
 
 import pathlib
-import sys
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 from ml_collections import ConfigDict
 
 import configs.diffusion.motioncache
 from experiments.motioncache import FLOW, TEA, X0
 from experiments.motioncache_worlds import Method, Reference, World, methods, reference, run, video_model, video_world
+from experiments.runs import launch
 from experiments.video import contact_sheet, save_gif, save_png
 from jaxcomp.core.progress import track
 from jaxcomp.data.embedded_video import FOLDER
@@ -136,10 +136,7 @@ def sample(args: Any) -> None:
 def main(argv) -> None:
     """Runs with one-line errors."""
     del argv
-    try:
-        sample(flags.FLAGS)
-    except (ValueError, OSError) as error:
-        sys.exit(f"sample_video: {error}")
+    sample(flags.FLAGS)
 
 
 if __name__ == "__main__":
@@ -157,4 +154,4 @@ if __name__ == "__main__":
         "model", "", "Folder that experiments.train_video_dit exported; the one of the package by default."
     )
     flags.DEFINE_string("out", "video.gif", "PNG of all frames, or GIF.")
-    app.run(main)
+    launch(main)

@@ -8,17 +8,16 @@ updates of video models are timed by `experiments.motioncache`.
 
 import functools
 import pathlib
-import sys
 import time
 from typing import Any
 
 import jax
-from absl import app, flags
+from absl import flags
 from ml_collections import ConfigDict
 
 import configs.diffusion
 from experiments.cards import Card, Row, current_commit, current_device
-from experiments.runs import define_card_flags
+from experiments.runs import define_card_flags, launch
 from experiments.stages import Stages
 from jaxcomp.evaluate.intervals import Interval
 from jaxcomp.evaluate.throughput import paired
@@ -144,15 +143,12 @@ def main(argv) -> None:
     """Measures, unless that is recorded, and writes the card."""
     del argv
     args = flags.FLAGS
-    try:
-        stages = Stages(args.out, args.config.to_dict() | {"jax": jax.__version__}, overwrite=args.overwrite)
-        found = stages.run("times", lambda: measure(args.config))
-    except (ValueError, OSError) as error:
-        sys.exit(f"sampler_cost: {error}")
+    stages = Stages(args.out, args.config.to_dict() | {"jax": jax.__version__}, overwrite=args.overwrite)
+    found = stages.run("times", lambda: measure(args.config))
     card(args.config, found).write(args.results)
     print(f"{args.results}/sampler_cost.md")
 
 
 if __name__ == "__main__":
     define_card_flags(pathlib.Path(configs.diffusion.__file__).parent / "sampler_cost.py", "runs/sampler_cost")
-    app.run(main)
+    launch(main)

@@ -16,9 +16,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from experiments.cards import Card, Row, current_commit, current_device
+from experiments.runs import launch
 from experiments.stages import Stages
 from jaxcomp.evaluate.intervals import median_by_order
 from pallas_kernels.sparse_attention import cpu_ffi
@@ -155,4 +156,4 @@ def define_flags() -> None:
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main)
+    launch(main)

@@ -17,12 +17,13 @@ from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
-from absl import app, flags, logging
+from absl import flags, logging
 from jaxtyping import Float
 
 from configs.sr import budget
 from experiments import sr, train_sr
 from experiments.cards import Card, Row, command_line, current_commit
+from experiments.runs import launch
 from jaxcomp.data.bicubic import imresize
 from jaxcomp.evaluate.restoration import restorer
 from jaxcomp.io.super_resolution import param_shapes
@@ -104,7 +105,7 @@ def main(argv) -> None:
     logging.set_verbosity(logging.WARNING)  # Orbax logs every file
     start, args = time.monotonic(), flags.FLAGS
     if "JAXCOMP_DATA" not in os.environ:
-        raise SystemExit("sr_budget: set JAXCOMP_DATA to a folder that holds sr/set5")
+        raise ValueError("set JAXCOMP_DATA to a folder that holds sr/set5")
     arms, pairs, seeds = CARDS[args.card], sr.set5(pathlib.Path(os.environ["JAXCOMP_DATA"])), list(map(int, args.seeds))
     runs = {
         (arm, seed): score(arm, seed, pathlib.Path(args.workdir), pairs) for seed, arm in itertools.product(seeds, arms)
@@ -125,4 +126,4 @@ def main(argv) -> None:
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main)
+    launch(main)

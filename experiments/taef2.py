@@ -7,16 +7,16 @@
 
 import os
 import pathlib
-import sys
 import time
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags, logging
+from absl import flags, logging
 
 from experiments.cards import Card, Row, current_commit, current_device
+from experiments.runs import launch
 from jaxcomp.data.images import read_rgb
 from jaxcomp.evaluate.restoration import Image, Restoration, mod_crop, restoration, to_uint8
 from jaxcomp.io.diffusion import load_taef2
@@ -68,10 +68,7 @@ def main(argv) -> None:
     del argv
     logging.set_verbosity(logging.WARNING)
     started, f = time.monotonic(), flags.FLAGS
-    try:
-        found = score(pathlib.Path(f.data_dir))
-    except (ValueError, OSError) as error:
-        sys.exit(f"taef2: {error}")
+    found = score(pathlib.Path(f.data_dir))
     Card(
         name="taef2",
         paper="TAEF2, a tiny auto-encoder of FLUX.2 latents, from the TAESD repository (no paper)",
@@ -89,4 +86,4 @@ def main(argv) -> None:
 if __name__ == "__main__":
     flags.DEFINE_string("data_dir", os.environ.get("JAXCOMP_DATA", "."), "Folder that holds vae and sr.")
     flags.DEFINE_string("out", str(pathlib.Path(__file__).parent / "results"), "Where the card goes.")
-    app.run(main)
+    launch(main)

@@ -8,7 +8,6 @@ models are the digits that ship with the package.
 
 import functools
 import pathlib
-import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -16,13 +15,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags, logging
+from absl import flags, logging
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 import configs.diffusion
 from experiments.cards import Card, Row, current_commit, current_device
-from experiments.runs import define_card_flags
+from experiments.runs import define_card_flags, launch
 from experiments.stages import Stages
 from experiments.train_dit import make_solver
 from jaxcomp.core.apply import compressed
@@ -233,15 +232,12 @@ def main(argv) -> None:
     del argv
     logging.set_verbosity(logging.WARNING)
     config, f = flags.FLAGS.config, flags.FLAGS
-    try:
-        stages = Stages(f.out, config.to_dict() | {"jax": jax.__version__}, overwrite=f.overwrite)
-        results = run_all(config, stages)
-    except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"tcec: {error}")
+    stages = Stages(f.out, config.to_dict() | {"jax": jax.__version__}, overwrite=f.overwrite)
+    results = run_all(config, stages)
     card(config, results).write(f.results)
     print(f"{f.results}/tcec.md")
 
 
 if __name__ == "__main__":
     define_card_flags(pathlib.Path(configs.diffusion.__file__).parent / "tcec.py", "runs/tcec")
-    app.run(main)
+    launch(main)

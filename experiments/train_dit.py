@@ -20,13 +20,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import app, flags, logging
+from absl import flags, logging
 from jaxtyping import Array, Float, Int, Key
 from ml_collections import ConfigDict, config_flags
 from tensorboardX import SummaryWriter
 
 from experiments import training
-from experiments.runs import State, claim
+from experiments.runs import State, claim, launch
 from jaxcomp.data import digits as data
 from jaxcomp.io.dit import save_dit
 from jaxcomp.models.dit import DiT, init_params
@@ -230,4 +230,4 @@ def main(argv) -> None:
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main)
+    launch(main)

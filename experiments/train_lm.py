@@ -17,14 +17,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import app, flags, logging
+from absl import flags, logging
 from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict, config_flags
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from experiments import training
 from experiments.cards import current_device
-from experiments.runs import claim
+from experiments.runs import claim, launch
 from experiments.training import Evaluation, Steps, updates
 from jaxcomp.data import text
 from jaxcomp.evaluate.intervals import bootstrap_perplexity
@@ -194,4 +194,4 @@ def main(argv) -> None:
 
 if __name__ == "__main__":
     flags.mark_flag_as_required("config")
-    app.run(main)
+    launch(main)

@@ -19,13 +19,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import app, flags, logging
+from absl import flags, logging
 from jaxtyping import Array, Bool, Int
 from ml_collections import ConfigDict
 
 from experiments import recall, train_lm, training
 from experiments.extend_lm import chunked_attention
-from experiments.runs import claim
+from experiments.runs import claim, launch
 from jaxcomp.io.files import new_folder, write_json
 from jaxcomp.io.huggingface import save_pretrained
 from jaxcomp.models import Llama, LlamaConfig, Rope
@@ -112,4 +112,4 @@ def main(argv) -> None:
 
 if __name__ == "__main__":
     flags.mark_flag_as_required("config")
-    app.run(main)
+    launch(main)

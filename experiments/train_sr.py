@@ -20,14 +20,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
-from absl import app, flags, logging
+from absl import flags, logging
 from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict, config_flags
 from rich.console import Console
 from tensorboardX import SummaryWriter
 
 from experiments import sr
-from experiments.runs import claim
+from experiments.runs import claim, launch
 from jaxcomp.core.progress import track
 from jaxcomp.core.transform import chain, compress, wrap_optax
 from jaxcomp.data.bicubic import imresize
@@ -279,7 +279,7 @@ def main(argv) -> None:
     logging.set_verbosity(logging.WARNING)  # Orbax logs every file
     args = flags.FLAGS
     if (args.safetensors is None) != (args.save_as is None):
-        raise SystemExit("train_sr: --safetensors and --save_as go together")
+        raise ValueError("--safetensors and --save_as go together")
     done = train(args.config, pathlib.Path(args.workdir), args.data_dir)
     print(f"PSNR {done.score.psnr:.3f} dB, SSIM {done.score.ssim:.4f} (bicubic {done.bicubic.psnr:.3f} dB)")
     print(done.score.convention)
@@ -293,4 +293,4 @@ def main(argv) -> None:
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main)
+    launch(main)

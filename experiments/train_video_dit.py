@@ -18,13 +18,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import app, flags, logging
+from absl import flags, logging
 from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict, config_flags
 
 from experiments import training
 from experiments.cards import current_device
-from experiments.runs import State, claim
+from experiments.runs import State, claim, launch
 from experiments.video import write_sheet
 from jaxcomp.data.embedded_video import save_video_dit
 from jaxcomp.data.shapes import random_scene, render
@@ -155,10 +155,7 @@ def main(argv) -> None:
     del argv
     logging.set_verbosity(logging.WARNING)  # Orbax logs every file
     args = flags.FLAGS
-    try:
-        model, state = train(args.config, pathlib.Path(args.workdir))
-    except (ValueError, OSError) as error:
-        sys.exit(f"train_video_dit: {error}")
+    model, state = train(args.config, pathlib.Path(args.workdir))
     if args.export:
         command = shlex.join(["python", "-m", "experiments.train_video_dit", *sys.argv[1:]])
         export(args.config, pathlib.Path(args.export), model, state, command)
@@ -168,4 +165,4 @@ if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", "configs/diffusion/video_dit.py", "What to train.", lock_config=True)
     flags.DEFINE_string("workdir", "runs/video_dit", "Checkpoints and samples.")
     flags.DEFINE_string("export", None, "Folder for the trained model; none is written without it.")
-    app.run(main)
+    launch(main)

@@ -19,10 +19,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import PIL.Image
-from absl import app, flags
+from absl import flags
 from jaxtyping import UInt, UInt8
 
 from experiments import sr
+from experiments.runs import launch
 from jaxcomp.core.tiling import spans, tiled
 from jaxcomp.core.transform import compress
 from jaxcomp.data.bicubic import imresize
@@ -116,12 +117,27 @@ def for_this_machine(params: Any) -> tuple[Any, str]:
 
 
 def sample(folder: pathlib.Path, scale: int) -> tuple[pathlib.Path, pathlib.Path]:
-    """Writes a small photograph and its truth to the folder; raises `ImageError` without scikit-image."""
+    """Writes a small photograph and its truth to the folder.
+
+    Raises:
+      ImageError: there is no scikit-image, or another file of the same name.
+    """
     pair = sr.degrade(sr.centre(sr.bundled_images([_SAMPLE])[_SAMPLE], _SAMPLE_SIZE), scale)
     paths = folder / f"{_SAMPLE}.png", folder / f"{_SAMPLE}_true.png"
     for path, pixels in zip(paths, pair, strict=True):
+        if path.exists() and not holds(path, pixels):
+            raise ImageError(path, "no file but the sample's", "another file", "move it, or pass --image")
+    for path, pixels in zip(paths, pair, strict=True):
         write_image(path, Picture(pixels))
     return paths
+
+
+def holds(path: pathlib.Path, pixels: UInt8[np.ndarray, "H W 3"]) -> bool:
+    """Whether a file is an image of exactly these pixels."""
+    try:
+        return np.array_equal(read_rgb(path), pixels)
+    except ImageError:
+        return False
 
 
 def read_reference(path: pathlib.Path, picture: Picture, scale: int) -> UInt8[np.ndarray, "H W 3"]:
@@ -233,11 +249,8 @@ def main(argv) -> None:
     """Upscales and says what was done; a bad input is one line, not a traceback."""
     del argv
     args = flags.FLAGS
-    try:
-        job = job_of(args)
-        facts = upscale(job)
-    except (ValueError, OSError) as error:  # ImageError, CheckpointError; a disk that is full
-        raise SystemExit(f"upscale: {error}") from None
+    job = job_of(args)
+    facts = upscale(job)
     for name, text in facts.items():
         print(f"{name:>11}: {text}")
     print(f"{'page':>11}: {job.out.with_suffix('.html')}")
@@ -245,4 +258,4 @@ def main(argv) -> None:
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main)
+    launch(main)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import functools
 import hashlib
 import os
@@ -17,9 +18,59 @@ import jax
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-march=native", "-w")
 
 
-def library(source: pathlib.Path, flags: tuple[str, ...] = FLAGS) -> pathlib.Path:
-    """Where the library of a source belongs, whether it has been built or not."""
-    return cache_folder() / f"{source.parent.name}-{_digest(source, flags)}.so"
+@dataclasses.dataclass(frozen=True)
+class Library:
+    """A source that is compiled on demand into the user's cache, and its handlers.
+
+    Attributes:
+      source: the C++ file; it may include others of its folder and of this one.
+      handlers: (target, symbol) of every handler: its name in XLA and in the source.
+      flags: of the compiler.
+    """
+
+    source: pathlib.Path
+    handlers: tuple[tuple[str, str], ...]
+    flags: tuple[str, ...] = FLAGS
+
+    @property
+    def path(self) -> pathlib.Path:
+        """Where the library belongs, whether it has been built or not."""
+        return cache_folder() / f"{self.source.parent.name}-{_digest(self.source, self.flags)}.so"
+
+    def is_built(self) -> bool:
+        """Whether the library is in the user's cache for this source, these flags and this machine."""
+        return self.path.is_file()
+
+    def build(self) -> pathlib.Path:
+        """Compiles the library, if it is not there, and returns its path.
+
+        Raises:
+          RuntimeError: no compiler, or it failed; its output is part of the message.
+        """
+        target = self.path
+        if target.is_file():
+            return target
+        if (found := compiler()) is None:
+            raise RuntimeError(
+                f"{self.source.name}: no C++ compiler; install g++ or clang++, set CXX, or use implementation='xla'"
+            )
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            built = pathlib.Path(folder) / "lib.so"
+            command = [found, *self.flags, f"-I{jax.ffi.include_dir()}", str(self.source), "-o", str(built)]
+            result = subprocess.run(command, capture_output=True, text=True, check=False)
+            if result.returncode:
+                raise RuntimeError(f"{' '.join(command)} failed with {result.returncode}:\n{result.stderr[:2000]}")
+            os.replace(built, target)
+        return target
+
+    def refuse(self) -> str | None:
+        """Why there is no library and none can be built, or None."""
+        return None if self.is_built() or compiler() else "no C++ compiler found (set CXX)"
+
+    def register(self) -> None:
+        """Makes the handlers known to XLA on CPU, once; builds the library if need be. Raises as `build`."""
+        _register(self)
 
 
 def cache_folder() -> pathlib.Path:
@@ -28,33 +79,11 @@ def cache_folder() -> pathlib.Path:
     return pathlib.Path(root) / "pallas_kernels"
 
 
-def build(source: pathlib.Path, flags: tuple[str, ...] = FLAGS) -> pathlib.Path:
-    """Compiles the library, if it is not there, and returns its path.
-
-    Raises:
-      RuntimeError: no compiler, or it failed; its output is part of the message.
-    """
-    target = library(source, flags)
-    if target.is_file():
-        return target
-    if (found := compiler()) is None:
-        raise RuntimeError(
-            f"{source.name}: no C++ compiler; install g++ or clang++, set CXX, or use implementation='xla'"
-        )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        built = pathlib.Path(folder) / "lib.so"
-        command = [found, *flags, f"-I{jax.ffi.include_dir()}", str(source), "-o", str(built)]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        if result.returncode:
-            raise RuntimeError(f"{' '.join(command)} failed with {result.returncode}:\n{result.stderr[:2000]}")
-        os.replace(built, target)
-    return target
-
-
-def register(name: str, symbol: str, path: pathlib.Path) -> None:
-    """Makes a handler of a library known to XLA on CPU."""
-    jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(ctypes.CDLL(str(path)), symbol)), platform="cpu")
+@functools.cache
+def _register(library: Library) -> None:
+    loaded = ctypes.CDLL(str(library.build()))
+    for target, symbol in library.handlers:
+        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(loaded, symbol)), platform="cpu")
 
 
 def compiler() -> str | None:

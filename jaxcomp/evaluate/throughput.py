@@ -35,8 +35,14 @@ class Paired(NamedTuple):
         return median_by_order(self.seconds[base] / self.seconds[name])
 
 
-def paired(functions: Mapping[str, Callable[[], Any]], rounds: int = 9) -> Paired:
+def paired(functions: Mapping[str, Callable[[], Any]], rounds: int = 9, rest: float = 0.0) -> Paired:
     """Times functions of no arguments in turns, in an order that reverses each round; one call of each comes first untimed.
+
+    Args:
+      functions: what to time; a call ends when all arrays that it returns are there.
+      rounds: timed calls of each.
+      rest: seconds before every timed call. Threads of a library spin for some milliseconds after its work; where functions
+        belong to several libraries, a call would otherwise share the cores with threads of the one before.
 
     Raises:
       ValueError: rounds < 1.
@@ -48,6 +54,7 @@ def paired(functions: Mapping[str, Callable[[], Any]], rounds: int = 9) -> Paire
     before, seconds = os.getloadavg()[0], {name: np.empty(rounds) for name in functions}
     for i in range(rounds):
         for name in list(functions)[:: 1 if i % 2 == 0 else -1]:
+            time.sleep(rest)
             start = time.perf_counter()
             jax.block_until_ready(functions[name]())
             seconds[name][i] = time.perf_counter() - start

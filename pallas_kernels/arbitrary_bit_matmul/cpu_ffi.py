@@ -8,7 +8,6 @@ read as they lie; floating-point rows enter as three int8 digits each, as in `ac
 
 from __future__ import annotations
 
-import functools
 import pathlib
 
 import jax
@@ -19,16 +18,16 @@ from pallas_kernels import native
 from pallas_kernels.arbitrary_bit_matmul.layouts import Prepared
 from pallas_kernels.arbitrary_bit_matmul.spec import Backend, WeightSpec
 
-SOURCE = pathlib.Path(__file__).with_name("cpu_ffi.cc")
 DIGITS = 3
 MAX_ROWS = 16  # int8 rows above which XLA's product is faster
 _TARGET = "pallas_kernels_arbitrary_bit_matmul"
-_FLAGS = native.FLAGS
+LIBRARY = native.Library(pathlib.Path(__file__).with_name("cpu_ffi.cc"), ((_TARGET, "ArbitraryBitMatmul"),))
+is_built, build = LIBRARY.is_built, LIBRARY.build
 
 
 def matmul(x: jax.Array, weight: Prepared, scale: Float[Array, "n g"], spec: WeightSpec) -> Float[Array, "m n"]:
     """See `spec.Backend`."""
-    _register()
+    LIBRARY.register()
     x = x if x.dtype == jnp.int8 else x.astype(jnp.float32)
     call = jax.ffi.ffi_call(_TARGET, jax.ShapeDtypeStruct((x.shape[0], spec.n), jnp.float32), vmap_method="sequential")
     static = dict(bits=spec.bits, centre=spec.centre, digits=DIGITS, base5=weight.layout == "base5")
@@ -42,7 +41,7 @@ def refuse(spec: WeightSpec, x: jax.Array) -> str | None:
         return f"{x.shape[0]} rows of {x.dtype}; it is for at most {most}, XLA is faster above"
     if spec.groups > 1 and spec.group_size % 64 and spec.group_size not in (4, 8, 16, 32):
         return f"groups of {spec.group_size} columns; it takes 4, 8, 16, 32, multiples of 64, or one group"
-    return None if is_built() or native.compiler() else "no C++ compiler found (set CXX)"
+    return LIBRARY.refuse()
 
 
 def layouts(spec: WeightSpec) -> tuple[str, ...]:
@@ -51,18 +50,3 @@ def layouts(spec: WeightSpec) -> tuple[str, ...]:
 
 
 BACKEND = Backend("cpu_ffi", layouts, refuse, matmul)
-
-
-def is_built() -> bool:
-    """Whether the library is in the user's cache for this source, compiler flags and machine."""
-    return native.library(SOURCE, _FLAGS).is_file()
-
-
-def build() -> pathlib.Path:
-    """Compiles the library into the user's cache, if it is not there, and returns its path. Raises RuntimeError."""
-    return native.build(SOURCE, _FLAGS)
-
-
-@functools.cache
-def _register() -> None:
-    native.register(_TARGET, "ArbitraryBitMatmul", build())

@@ -21,21 +21,11 @@ from jaxtyping import Array, Float
 from pallas_kernels import native
 from pallas_kernels.convolution.epilogue import ACTIVATIONS, JOINS, Epilogue, View, Window
 
-SOURCE = pathlib.Path(__file__).with_name("cpu_ffi.cc")
 BACKENDS = ("cpu_ffi", "xla")
-_FLAGS = native.FLAGS
 _TARGET = "pallas_kernels_convolution"
+LIBRARY = native.Library(pathlib.Path(__file__).with_name("cpu_ffi.cc"), ((_TARGET, "Convolution"),))
+is_built, build = LIBRARY.is_built, LIBRARY.build
 _IDENTITY, _SAME = Epilogue(), Window()
-
-
-def is_built() -> bool:
-    """Whether the C++ kernel is in the user's cache for this source and machine."""
-    return native.library(SOURCE, _FLAGS).is_file()
-
-
-def build() -> pathlib.Path:
-    """Compiles the C++ kernel, if it is not there, and returns its path. Raises RuntimeError as `native.build`."""
-    return native.build(SOURCE, _FLAGS)
 
 
 def convolution(
@@ -60,7 +50,7 @@ def convolution(
     _check([x], kernel, window)
     if implementation not in (None, *BACKENDS):
         raise ValueError(f"implementation {implementation!r} is unknown; expected one of {BACKENDS} or None")
-    if implementation == "xla" or (implementation is None and not is_built()):
+    if implementation == "xla" or (implementation is None and not LIBRARY.is_built()):
         return _xla(x, kernel, window)
     cpu, library = (functools.partial(run, window=window) for run in (_plain, _xla))
     return lax.platform_dependent(x, kernel, cpu=cpu, default=library)
@@ -120,7 +110,7 @@ def _cpu_ffi(kernel, bias, *maps, **options) -> jax.Array:
 
 
 def _call(kernel, bias, *maps, spans, epilogue, window) -> jax.Array:
-    _register()
+    LIBRARY.register()
     out = jax.ShapeDtypeStruct(window.of(maps[0].shape, kernel.shape), kernel.dtype)
     return jax.ffi.ffi_call(_TARGET, out, vmap_method="sequential")(
         kernel,
@@ -134,11 +124,6 @@ def _call(kernel, bias, *maps, spans, epilogue, window) -> jax.Array:
         join=np.int32(JOINS.index(epilogue.join)),
         slope=np.float32(epilogue.slope),
     )
-
-
-@functools.cache
-def _register() -> None:
-    native.register(_TARGET, "Convolution", build())
 
 
 def _check(maps: Sequence[jax.Array], kernel: jax.Array, window: Window) -> None:

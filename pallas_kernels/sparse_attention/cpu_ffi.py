@@ -8,7 +8,6 @@ of XLA's pool, the longest history first.
 
 from __future__ import annotations
 
-import functools
 import math
 import pathlib
 
@@ -19,16 +18,17 @@ from jaxtyping import Array, Int, UInt32
 from pallas_kernels import native
 from pallas_kernels.sparse_attention.spec import Backend, Inputs, Outputs, Spec, State
 
-SOURCE = pathlib.Path(__file__).with_name("cpu_ffi.cc")
 _TARGET = "pallas_kernels_sparse_attention"
 _ORDER = f"{_TARGET}_order"
-_FLAGS = native.FLAGS
+_HANDLERS = ((_TARGET, "SparseAttention"), (_ORDER, "SparseAttentionOrder"))
+LIBRARY = native.Library(pathlib.Path(__file__).with_name("cpu_ffi.cc"), _HANDLERS)
+is_built, build = LIBRARY.is_built, LIBRARY.build
 _AGGREGATES = ("mean", "max", "ratio")
 
 
 def attend(x: Inputs, spec: Spec) -> Outputs:
     """See `spec.Backend`; float32 throughout, whatever the dtype of q, k, v."""
-    _register()
+    LIBRARY.register()
     rows = x.q.shape[:2]
     shapes = [(*rows,), (*rows,), x.q.shape, x.rows.shape[:3], x.rows.shape[:3]]
     dtypes = [jnp.float32, jnp.float32, jnp.float32, jnp.int32, jnp.float32]
@@ -56,7 +56,7 @@ def attend(x: Inputs, spec: Spec) -> Outputs:
 
 def packed_order(words: UInt32[Array, "*b t"], bits: int) -> Int[Array, "*b t"]:
     """The low `bits`, which hold the position, of the words of every row in rising order."""
-    _register()
+    LIBRARY.register()
     result = jax.ShapeDtypeStruct(words.shape, jnp.int32)
     return jax.ffi.ffi_call(_ORDER, result, vmap_method="broadcast_all")(words, bits=bits)
 
@@ -65,24 +65,7 @@ def refuse(spec: Spec, x: Inputs) -> str | None:
     """Why the kernel does not cover a problem, or None."""
     if x.q.shape[-1] % 4:
         return f"heads of {x.q.shape[-1]} dimensions; it takes multiples of 4"
-    return None if is_built() or native.compiler() else "no C++ compiler found (set CXX)"
+    return LIBRARY.refuse()
 
 
 BACKEND = Backend("cpu_ffi", refuse, attend)
-
-
-def is_built() -> bool:
-    """Whether the library is in the user's cache for this source, compiler flags and machine."""
-    return native.library(SOURCE, _FLAGS).is_file()
-
-
-def build() -> pathlib.Path:
-    """Compiles the library into the user's cache, if it is not there, and returns its path. Raises RuntimeError."""
-    return native.build(SOURCE, _FLAGS)
-
-
-@functools.cache
-def _register() -> None:
-    path = build()
-    native.register(_TARGET, "SparseAttention", path)
-    native.register(_ORDER, "SparseAttentionOrder", path)

@@ -96,9 +96,13 @@ def test_speed_rows_are_ratios_to_the_peer():
     pytest.importorskip("torch")
     from experiments import sr_speed
 
-    seconds = {"plain Flax": np.array([4.0, 4.0, 4.0]), sr_speed.BEST: np.array([1.0, 1.0, 3.0])}
-    seconds[sr_speed.PEER] = np.array([2.0, 2.0, 3.0])
-    rows = sr_speed.rows("RLFN", (4, 6), "float32", Paired(seconds, (0.5, 1.0), 2))
+    peer = {sr_speed.PEER: np.array([2.0, 2.0, 3.0])}
+    best, hurried = {sr_speed.BEST: np.array([1.0, 1.0, 3.0])} | peer, {sr_speed.BEST: np.array([4.0, 4.0, 3.0])} | peer
+    times = [Paired(seconds, (0.5, 1.0), 2) for seconds in (best, hurried, {"plain Flax": np.full(3, 4.0)} | peer)]
+    rows = sr_speed.rows("RLFN", (4, 6), "float32", *times)
+    assert [(row.method, row.value) for row in rows if row.metric == "speedup_without_rest"] == [
+        ("RLFN: C++ convolutions, fused", 0.5)
+    ]
     assert {row.method: row.value for row in rows if row.metric == "runtime_ms"} == {
         "RLFN: plain Flax": 4000.0,
         "RLFN: C++ convolutions, fused": 1000.0,

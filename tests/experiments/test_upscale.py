@@ -11,7 +11,7 @@ import PIL.Image
 import pytest
 from flax.traverse_util import flatten_dict
 
-from experiments.upscale import Job, bicubic, describe, tiling_note, upscale
+from experiments.upscale import Job, bicubic, describe, sample, tiling_note, upscale
 from jaxcomp.core import tiling
 from jaxcomp.data.bicubic import imresize
 from jaxcomp.data.images import ImageError, Picture, read_image, write_image
@@ -156,6 +156,16 @@ def test_outputs_that_would_lose_something_are_refused(tmp_path, weights, out, w
     with pytest.raises(ImageError, match=words):
         upscale(job(tmp_path, weights, reference=tmp_path / "r.png")._replace(out=tmp_path / out))
     assert state() == before
+
+
+@pytest.mark.parametrize("name", ["astronaut.png", "astronaut_true.png"])
+def test_the_sample_replaces_no_other_file(tmp_path, name):
+    (tmp_path / name).write_text("of the user")
+    with pytest.raises(ImageError, match=f"{name}: expected no file but the sample's, found another file"):
+        sample(tmp_path, 4)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    (tmp_path / name).unlink()
+    assert sample(tmp_path, 4) == sample(tmp_path, 4)
 
 
 def test_bicubic_in_tiles_is_exact():

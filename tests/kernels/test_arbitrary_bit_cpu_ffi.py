@@ -18,13 +18,13 @@ needs_compiler = pytest.mark.skipif(native.compiler() is None, reason="no C++ co
 def kernel(request, kernel_cache):
     """Registers one build of the kernel under a name of its own."""
     with pytest.MonkeyPatch.context() as patch:
-        if request.param == "scalar":
-            patch.setattr(cpu_ffi, "_FLAGS", tuple(f for f in cpu_ffi._FLAGS if f != "-march=native"))
-        patch.setattr(cpu_ffi, "_TARGET", f"arbitrary_bit_matmul_{request.param}")
-        cpu_ffi._register.cache_clear()
+        target, library = f"arbitrary_bit_matmul_{request.param}", cpu_ffi.LIBRARY
+        ((_, symbol),) = library.handlers
+        flags = tuple(f for f in library.flags if request.param == "native" or f != "-march=native")
+        patch.setattr(cpu_ffi, "LIBRARY", native.Library(library.source, ((target, symbol),), flags))
+        patch.setattr(cpu_ffi, "_TARGET", target)
         jax.clear_caches()
         yield cpu_ffi.matmul
-    cpu_ffi._register.cache_clear()
     jax.clear_caches()
 
 
@@ -120,7 +120,6 @@ def test_a_failed_compilation_leaves_nothing_behind(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     broken = tmp_path / "broken.cc"
     broken.write_text("int x = ;")
-    monkeypatch.setattr(cpu_ffi, "SOURCE", broken)
     with pytest.raises(RuntimeError, match="failed with"):
-        cpu_ffi.build()
+        native.Library(broken, ()).build()
     assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["broken.cc"]

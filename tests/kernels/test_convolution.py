@@ -24,12 +24,12 @@ SHAPES = [  # N, H, W, I, O, window: fewer pixels than a tile, odd channels, sev
 def kernel(request, kernel_cache):
     """Registers one build of the kernel under a name of its own."""
     with pytest.MonkeyPatch.context() as patch:
-        if request.param == "portable":
-            patch.setattr(api, "_FLAGS", tuple(f for f in native.FLAGS if f != "-march=native"))
-        patch.setattr(api, "_TARGET", f"convolution_{request.param}")
-        api._register.cache_clear()
+        target, library = f"convolution_{request.param}", api.LIBRARY
+        ((_, symbol),) = library.handlers
+        flags = tuple(f for f in library.flags if request.param == "vectors" or f != "-march=native")
+        patch.setattr(api, "LIBRARY", native.Library(library.source, ((target, symbol),), flags))
+        patch.setattr(api, "_TARGET", target)
         yield jax.jit(lambda x, w, window=Window(): convolution(x, w, "cpu_ffi", window), static_argnums=2)
-    api._register.cache_clear()
     jax.clear_caches()
 
 
@@ -132,9 +132,9 @@ def test_mixed_dtypes_are_refused():
 @needs_compiler
 def test_is_built_after_build(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(api, "_FLAGS", ("-std=c++17", "-O0", "-fPIC", "-shared", "-w"))
-    assert not api.is_built()
-    assert api.build().is_file() and api.is_built()
+    library = native.Library(api.LIBRARY.source, (), ("-std=c++17", "-O0", "-fPIC", "-shared", "-w"))
+    assert not library.is_built()
+    assert library.build().is_file() and library.is_built()
 
 
 @needs_compiler
