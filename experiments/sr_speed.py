@@ -2,11 +2,13 @@
 
     JAXCOMP_DATA=FOLDER python -m experiments.sr_speed [--sizes=256x256,339x510] [--rounds=5] [--out=experiments/results]
 
-339 x 510 is a DIV2K validation image at x4. JAX runs every network as Flax has it and under `jaxcomp.deploy.cpu_convolutions`,
-with XLA's convolution and with the C++ kernel. Before it is timed every form must answer as PyTorch does, which runs in
-channels-last layout, without torch.compile. Needs the extra `parity` and a C++ compiler. About 4 minutes on two CPU cores.
+339 x 510 is a DIV2K validation image at x4. On a CPU, JAX runs every network as Flax has it and under
+`jaxcomp.deploy.cpu_convolutions`, with XLA's convolution and with the C++ kernel; on a GPU, as Flax has it. Before it is timed
+every form must answer as PyTorch does, which runs on the same device in channels-last layout, on a GPU (or with --compile) under
+torch.compile too. Needs the extra `parity` and, on a CPU, a C++ compiler. About 7 minutes on two CPU cores.
 """
 
+import functools
 import itertools
 import os
 import pathlib
@@ -23,9 +25,10 @@ import safetensors.torch
 import torch
 from absl import flags
 
-from experiments import sr, torch_sr
+from experiments import torch_sr
 from experiments.cards import Card, Row, command_line, current_commit, current_device
 from experiments.runs import launch
+from experiments.sr_speed_card import BEST, COMPILED, PEER, PLAIN, REST, Size, best_of, departures, rows
 from jaxcomp.core.apply import compressed
 from jaxcomp.core.transform import Transform, compress, identity
 from jaxcomp.deploy import cpu_convolutions, fuse_convolutions
@@ -34,14 +37,11 @@ from jaxcomp.io.super_resolution import load_super_resolver
 from jaxcomp.models.rlfn import RLFB, RLFN
 from jaxcomp.models.sr_blocks import ESA
 
-Size = tuple[int, int]
 NETWORKS = {
     "RLFN": ("rlfn_x4", "rlfn_x4", lambda: torch_sr.RLFN(52, 52, 6, 4)),
     "RLFN, NTIRE 2022": ("rlfn_ntire_x4", "rlfn_ntire_x4", lambda: torch_sr.RLFN(46, 48, 4, 4)),
     "IMDN, NTIRE 2022": ("imdn_ntire_x4", "ntire2022_imdn_baseline", torch_sr.IMDN),
 }
-PEER = "PyTorch"
-BEST = "C++ convolutions, fused"
 
 
 class Form(NamedTuple):
@@ -52,15 +52,14 @@ class Form(NamedTuple):
 
 
 FORMS = {
-    "plain Flax": Form(identity()),
+    PLAIN: Form(identity()),
     "aligned channels": Form(cpu_convolutions(native=False)),
     "C++ convolutions": Form(cpu_convolutions(native=True)),
     BEST: Form(cpu_convolutions(native=True), fuse_convolutions),
 }
 DTYPES = ("float32", "bfloat16")
-REST = 0.05  # seconds before each call: the threads of PyTorch's OpenMP spin for some milliseconds after its calls
-SPEEDUP, HURRIED = "speedup_vs_pytorch", "speedup_without_rest"
 _TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}  # of the output's span
+_TENSOR_FLOAT = 1e-2  # the same on a GPU, where both libraries may multiply float32 in TF32
 
 
 class Peers(NamedTuple):
@@ -86,30 +85,52 @@ def program(apply: Callable, params: Any, x: jax.Array, form: Form) -> Callable[
     return lambda: run(params, x)
 
 
-def runs(peers: Peers, image: np.ndarray, dtype: str) -> dict[str, Callable[[], Any]]:
-    """{form or "PyTorch": function without arguments} on one image in the network's data range; all compiled or warm."""
+def on_cpu() -> bool:
+    """Whether JAX runs on a CPU; PyTorch runs where JAX does."""
+    return jax.default_backend() == "cpu"
+
+
+def forms() -> dict[str, Form]:
+    """The forms that make a difference on this device; the last is the fastest."""
+    return FORMS if on_cpu() else {PLAIN: FORMS[PLAIN]}
+
+
+def runs(peers: Peers, image: np.ndarray, dtype: str, compiled: bool) -> dict[str, Callable[[], Any]]:
+    """{form, "PyTorch" or "PyTorch, torch.compile": function without arguments} on one image in the network's data range.
+
+    All are compiled; those of PyTorch wait for the device.
+    """
     cast = lambda leaf: jnp.asarray(leaf, dtype)
     params, x = jax.tree.map(cast, peers.params), cast(image)
     apply = lambda params, x: peers.model.apply({"params": params}, x)
-    functions = {name: program(apply, params, x, form) for name, form in FORMS.items()}
-    layout = dict(dtype=getattr(torch, dtype), memory_format=torch.channels_last)
-    y = torch.from_numpy(image).permute(0, 3, 1, 2).to(**layout)
-    peer = peers.torch.to(**layout)
+    functions = {name: program(apply, params, x, form) for name, form in forms().items()}
+    options = dict(device="cpu" if on_cpu() else "cuda", dtype=getattr(torch, dtype), memory_format=torch.channels_last)
+    y, peer = torch.from_numpy(image).permute(0, 3, 1, 2).to(**options), peers.torch.to(**options)
 
     @torch.inference_mode()
-    def run_torch():
-        return peer(y)
+    def run(module: torch.nn.Module) -> torch.Tensor:
+        result = module(y)
+        if result.is_cuda:
+            torch.cuda.synchronize()
+        return result
 
-    return functions | {PEER: run_torch}
+    modules = {PEER: peer} | ({COMPILED: torch.compile(peer)} if compiled else {})
+    return functions | {name: functools.partial(run, module) for name, module in modules.items()}
 
 
 def check(functions: dict[str, Callable[[], Any]], dtype: str) -> None:
     """Raises ArithmeticError unless all answer as PyTorch does."""
-    theirs = functions[PEER]().float().permute(0, 2, 3, 1).numpy()
+    tolerance = max(_TOLERANCE[dtype], 0.0 if on_cpu() else _TENSOR_FLOAT)
+    theirs = as_numpy(functions[PEER]())
     for name, function in functions.items():
-        error = 0.0 if name == PEER else np.abs(np.asarray(function(), np.float32) - theirs).max() / np.ptp(theirs)
-        if not error < _TOLERANCE[dtype]:
+        error = np.abs(as_numpy(function()) - theirs).max() / np.ptp(theirs)
+        if not error < tolerance:
             raise ArithmeticError(f"{dtype}: {name} and PyTorch differ by {error:.1e} of the span; nothing was timed")
+
+
+def as_numpy(y: jax.Array | torch.Tensor) -> np.ndarray:
+    """An image of either library, float32 [N, H, W, C]."""
+    return y.float().permute(0, 2, 3, 1).cpu().numpy() if isinstance(y, torch.Tensor) else np.asarray(y, np.float32)
 
 
 def block_times(model: RLFN, size: Size, rounds: int, form: Form, dtype: str) -> Paired:
@@ -127,28 +148,15 @@ def in_turns(functions: dict[str, Callable[[], Any]], rounds: int) -> tuple[Pair
 
     What one leaves in memory disturbs the next.
     """
-    best, others = {BEST: functions[BEST], PEER: functions[PEER]}, {k: v for k, v in functions.items() if k != BEST}
-    return paired(best, rounds, REST), paired(best, rounds), paired(others, rounds, REST)
-
-
-def rows(name: str, size: Size, dtype: str, best: Paired, hurried: Paired, others: Paired) -> list[Row]:
-    """All times and their paired ratios to PyTorch's, whose own times are those beside the best form."""
-    setting, found = f"{size[0]} x {size[1]}, {dtype}, batch 1, {best.cores} threads", []
-    for times in (best, others):
-        for form, seconds in times.seconds.items():
-            method = f"{name}: {form}"
-            if form != PEER or times is best:
-                found.append(Row(method, setting, "runtime_ms", "ms", *sr.median_interval(seconds * 1e3)))
-            if form != PEER:
-                found.append(Row(method, setting, SPEEDUP, "", *times.speedup(form, PEER)))
-    found.append(Row(f"{name}: {BEST}", setting, HURRIED, "", *hurried.speedup(BEST, PEER)))
-    return found
+    rivals = {name: functions[name] for name in (best_of(functions), PEER, COMPILED) if name in functions}
+    others = {name: function for name, function in functions.items() if name == PEER or name not in rivals}
+    return paired(rivals, rounds, REST), paired(rivals, rounds), paired(others, rounds, REST)
 
 
 def share_rows(size: Size, rounds: int) -> list[Row]:
     """Which part of an RLFB's time goes where."""
     found = []
-    for form, dtype in itertools.product(("plain Flax", BEST), DTYPES):
+    for form, dtype in itertools.product(dict.fromkeys((PLAIN, best_of(forms()))), DTYPES):
         times = block_times(RLFN(), size, rounds, FORMS[form], dtype)
         for part in ("attention", "convolutions"):
             share = times.speedup("block", part)  # time(part) / time(block)
@@ -157,7 +165,7 @@ def share_rows(size: Size, rounds: int) -> list[Row]:
     return found
 
 
-def measure(weights: pathlib.Path, sizes: list[Size], rounds: int) -> tuple[list[Row], float]:
+def measure(weights: pathlib.Path, sizes: list[Size], rounds: int, compiled: bool) -> tuple[list[Row], float]:
     """Rows of all networks, sizes and dtypes, the shares of RLFN's parts; and the machine's largest load."""
     found, load_seen = [], 0.0
     for size in sizes:
@@ -165,39 +173,13 @@ def measure(weights: pathlib.Path, sizes: list[Size], rounds: int) -> tuple[list
         for name in NETWORKS:
             for dtype in DTYPES:
                 peers = load(name, weights)
-                functions = runs(peers, image * np.float32(peers.model.data_range), dtype)
+                functions = runs(peers, image * np.float32(peers.model.data_range), dtype, compiled)
                 check(functions, dtype)
                 times = in_turns(functions, rounds)
                 found += rows(name, size, dtype, *times)
                 load_seen = max(load_seen, *(load for paired_times in times for load in paired_times.load))
         found += share_rows(size, rounds)
     return found, load_seen
-
-
-def departures(found: list[Row]) -> list[str]:
-    """What the numbers say, and what they do not."""
-    best = [row for row in found if row.metric == SPEEDUP and row.method.endswith(BEST)]
-    slower = [f"{row.method} at {row.setting} ({row.value:.2f}x)" for row in best if row.value < 1]
-    verdict = f"Slower than PyTorch: {'; '.join(slower)}." if slower else f"JAX with {BEST} is faster in every row."
-    return [
-        verdict,
-        "Where the time of plain Flax goes: XLA's CPU convolution loses a third of its speed where the output channels are no "
-        "multiple of 16 (RLFN has 52, 46), runs a 1 x 1 window as a window, and turns bfloat16 into float32.",
-        "What was done: the C++ convolution reads maps where they are, multiplies bfloat16 in pairs, packs the 4 channels beyond "
-        "48 of four pixels into one vector, steps over pixels, and fetches ahead what it will read, join and overwrite. XLA runs "
-        "what lies between such calls in passes of their own; fused, the call adds the bias, activates, joins the residual, adds "
-        "the resized attention or gates by the sigmoid, stage by stage over a tile of sums, and reads IMDN's splits and "
-        "concatenations in place. What is left beside the convolutions is the max pooling of RLFN's attention at half the "
-        "resolution (2 % of its time), and the pixel shuffle (2 %; done in the last convolution's store it costs as much there).",
-        "Maps of tens of megabytes are fresh memory in most runs of either library, and page faults a part of all times: up to "
-        "half of PyTorch's in float32 on the large image; the C++ calls ask for huge pages. With an allocator that keeps what is "
-        "freed (glibc: MALLOC_MMAP_THRESHOLD_, MALLOC_TRIM_THRESHOLD_) PyTorch gains more than JAX, and the ratios shrink.",
-        "Both libraries use all cores; where the load exceeds the cores, other processes may disturb their thread pools "
-        "unequally: repeat on an idle machine before relying on a ratio.",
-        f"Before every timed call {REST * 1e3:.0f} ms pass: right after a call the threads of its library still spin for some "
-        f"milliseconds and share the cores with the next call. {HURRIED} is the ratio of calls that follow one another at once.",
-        "The papers' times are of PyTorch on GPUs and are not compared.",
-    ]
 
 
 def priority() -> str:
@@ -217,6 +199,7 @@ def define_flags() -> None:
     """The flags of the script."""
     flags.DEFINE_list("sizes", ["256x256", "339x510"], "Low-resolution inputs, HEIGHTxWIDTH.")
     flags.DEFINE_integer("rounds", 5, "Timed runs of each, interleaved.", lower_bound=1)
+    flags.DEFINE_boolean("compile", None, "Compare with torch.compile, too; by default on a GPU.")
     flags.DEFINE_string("out", "experiments/results", "Folder of the result card.")
 
 
@@ -227,13 +210,14 @@ def main(argv) -> None:
     if "JAXCOMP_DATA" not in os.environ:
         raise ValueError("set JAXCOMP_DATA to a folder that holds sr/weights/*.safetensors")
     weights = pathlib.Path(os.environ["JAXCOMP_DATA"]) / "sr" / "weights"
-    found, load_seen = measure(weights, [parse_size(text) for text in args.sizes], args.rounds)
+    compiled = not on_cpu() if args.compile is None else args.compile
+    found, load_seen = measure(weights, [parse_size(text) for text in args.sizes], args.rounds, compiled)
     paper = "RLFN: Kong et al., CVPRW 2022, arXiv 2205.07514; IMDN: Hui et al., 2019, arXiv 1909.11856"
     command = "JAXCOMP_DATA=FOLDER " + command_line("experiments.sr_speed", sys.argv[1:])
     versions = f"jax {jax.__version__}, torch {torch.__version__}"
     device = f"{current_device()}, load {load_seen:.1f}{priority()}, {versions}"
     minutes = (time.monotonic() - start) / 60
-    card = Card("sr_speed", paper, command, current_commit(), device, minutes, [0], found, departures(found))
+    card = Card("sr_speed", paper, command, current_commit(), device, minutes, [0], found, departures(found, on_cpu()))
     card.write(args.out)
     print(card.to_markdown())
 

@@ -4,14 +4,14 @@ python -m experiments.train_sr --config=configs/sr/rlfn_tiny.py --workdir=runs/r
 
 Every stage starts from the averaged weights of the one before, with a new optimizer and schedule (warm start of RLFN, Kong
 et al., 2022); where its scale or width differs, what does not fit is drawn anew. Started again after a kill it goes on from
-the newest checkpoint of `workdir` and ends with the same parameters. `tensorboard --logdir=WORKDIR` shows curves and images.
+the newest checkpoint and ends with the same parameters. `tensorboard --logdir=WORKDIR` shows curves and images of every stage.
 """
 
 import functools
 import pathlib
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -19,16 +19,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 from absl import flags, logging
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 from ml_collections import ConfigDict, config_flags
-from rich.console import Console
 from tensorboardX import SummaryWriter
 
-from experiments import sr
-from experiments.runs import claim, launch
-from jaxcomp.core.progress import track
+from experiments import sr, training
+from experiments.runs import State, claim, launch
+from experiments.training import Evaluation, Steps
 from jaxcomp.core.transform import chain, compress, wrap_optax
 from jaxcomp.data.bicubic import imresize
 from jaxcomp.evaluate.restoration import Restoration, restoration, restorer
@@ -41,23 +39,13 @@ Restorer = Callable[[sr.Image], sr.Image]
 _SHOWN = 160  # pixels of an image in TensorBoard
 
 
-class State(NamedTuple):
-    """All that a resumed run needs; `step` counts over all stages and is the position in the data."""
-
-    params: dict
-    average: dict
-    opt_state: optax.OptState
-    step: Int[np.ndarray, ""]
-
-
 class Stage(NamedTuple):
-    """One stage: its settings, its network, and the global steps (first, last] that it takes."""
+    """One stage: its settings, its network, and how many steps come before it, which is its position in the data."""
 
     name: str
     settings: ConfigDict
     model: nn.Module
-    first: int
-    last: int
+    before: int
 
     @property
     def schedule(self) -> optax.Schedule:
@@ -116,13 +104,13 @@ def plan(config: ConfigDict) -> list[Stage]:
       ValueError: an unknown network, loss or schedule, or a pruning stage of another network than RLFN.
     """
     check(config)
-    options, stages, first = dict(config.model), [], 0
+    options, stages, before = dict(config.model), [], 0
     network = sr.NETWORKS[options.pop("network")]
     for name in sorted(config.stages):
         settings = config.stages[name]
         model = network(**options, scale=settings.scale)
-        stages.append(Stage(name, settings, model, first, first + settings.steps))
-        first += settings.steps
+        stages.append(Stage(name, settings, model, before))
+        before += settings.steps
         if settings.prune_rate:  # what remains of the trunk afterwards
             options["channels"] = round((1 - settings.prune_rate) * model.channels)
     return stages
@@ -146,17 +134,17 @@ def begin(stage: Stage, config: ConfigDict, previous: dict | None) -> State:
     params = jax.jit(stage.model.init)(jax.random.key(config.seed), jnp.zeros((1, 16, 16, 3)))["params"]
     if previous is not None:
         params = jax.tree.map(lambda old, new: old if old.shape == new.shape else new, previous, params)
-    return State(params, params, stage.optimizer.init(params), np.asarray(stage.first, np.int32))
+    return State(params, params, stage.optimizer.init(params), np.zeros((), np.int32), np.zeros((), np.float32))
 
 
-def make_update(stage: Stage, config: ConfigDict, optimizer: optax.GradientTransformation) -> Callable:
-    """Jitted `(params, average, opt_state, low, high) -> (params, average, opt_state, loss)`."""
+def make_update(stage: Stage, config: ConfigDict) -> Callable:
+    """Jitted `(params, average, opt_state, (low, high)) -> (params, average, opt_state, loss)`."""
     extract = shallow_features(jax.random.key(config.contrastive_seed), config.contrastive_features)
-    loss_fn = stage.loss(extract)
+    loss_fn, optimizer = stage.loss(extract), stage.optimizer
 
     @jax.jit
-    def update(params, average, opt_state, low, high):
-        loss, grads = jax.value_and_grad(loss_fn)(params, low, high)
+    def update(params, average, opt_state, batch):
+        loss, grads = jax.value_and_grad(loss_fn)(params, *batch)
         updates, opt_state = optimizer.update(grads, opt_state, params)
         params = optax.apply_updates(params, updates)
         return params, optax.incremental_update(params, average, 1 - config.average_decay), opt_state, loss
@@ -164,19 +152,15 @@ def make_update(stage: Stage, config: ConfigDict, optimizer: optax.GradientTrans
     return update
 
 
-def steps(stage: Stage, config: ConfigDict, pairs: list[sr.Pair], state: State) -> Iterator[tuple[State, Array]]:
+def steps(stage: Stage, config: ConfigDict, pairs: list[sr.Pair], state: State) -> Steps:
     """Yields (state, loss) after each step from `state` to the end of the stage."""
-    update = make_update(stage, config, stage.optimizer)
-    s, start = stage.settings, int(state.step)
-    batches = sr.patches(pairs, s.scale, s.patch, s.batch, config.seed, start)
-    params, average, opt_state, _ = state
-    for step in track(range(start + 1, stage.last + 1), stage.name):
-        params, average, opt_state, loss = update(params, average, opt_state, *next(batches))
-        yield State(params, average, opt_state, np.asarray(step, np.int32)), loss
+    s = stage.settings
+    batches = sr.patches(pairs, s.scale, s.patch, s.batch, config.seed, stage.before + int(state.step))
+    return training.updates(make_update(stage, config), batches, state, s.steps)
 
 
 def train(config: ConfigDict, workdir: pathlib.Path, data_dir: str | None = None) -> Trained:
-    """Trains all stages, from the newest checkpoint of `workdir` if there is one.
+    """Trains all stages, each in its folder of `workdir`, from the newest checkpoints if there are some.
 
     Raises:
       ValueError: `workdir` holds a run with other settings, or a setting is wrong.
@@ -186,63 +170,43 @@ def train(config: ConfigDict, workdir: pathlib.Path, data_dir: str | None = None
     claim(workdir, config)
     images = sr.bundled_images(sr.TRAINING) if data_dir is None else sr.folder_images(data_dir)
     held_out = {name: sr.centre(x, config.eval_size) for name, x in sr.bundled_images(sr.EVALUATION).items()}
-    options = ocp.CheckpointManagerOptions(max_to_keep=2)
-    with ocp.CheckpointManager(workdir / "checkpoints", options=options) as manager, SummaryWriter(str(workdir)) as log:
-        state = restore(manager, stages, config)
-        for i, stage in enumerate(stages):
-            if state is not None and int(state.step) >= stage.last:
-                continue
-            if state is None or int(state.step) == stage.first:
-                state = begin(stage, config, stages[i - 1].result(state) if state else None)
-            state = run_stage(stage, config, images, held_out, state, manager, log)
-    params = stages[-1].result(state)
-    model = stages[-1].model
-    model = model.clone(channels=params["head"]["bias"].size)
-    return Trained(model, params, *evaluate(restorer(model, params), model.scale, held_out))
-
-
-def restore(manager: ocp.CheckpointManager, stages: list[Stage], config: ConfigDict) -> State | None:
-    """The newest checkpoint, in the form of the stage that wrote it."""
-    if (step := manager.latest_step()) is None:
-        return None
-    stage = next(stage for stage in stages if stage.first < step <= stage.last)
-    return manager.restore(step, args=ocp.args.StandardRestore(begin(stage, config, None)))
+    result = None
+    for stage in stages:
+        state = run_stage(stage, config, workdir / stage.name, images, held_out, result)
+        result = stage.result(state)
+    model = stages[-1].model.clone(channels=result["head"]["bias"].size)
+    return Trained(model, result, *evaluate(restorer(model, result), model.scale, held_out))
 
 
 def run_stage(
     stage: Stage,
     config: ConfigDict,
+    workdir: pathlib.Path,
     images: Mapping[str, sr.Image],
     held_out: Mapping[str, sr.Image],
-    start: State,
-    manager: ocp.CheckpointManager,
-    log: SummaryWriter,
+    previous: dict | None,
 ) -> State:
-    """Runs a stage to its end, with checkpoints, scalars and images."""
+    """Runs a stage to its end, from the result of the previous one, with scores and images of what it restores."""
     pairs = [sr.degrade(image, stage.settings.scale) for image in images.values()]
-    console, losses = Console(soft_wrap=True), []
-    for state, loss in steps(stage, config, pairs, start):
-        step = int(state.step)
-        losses.append(loss)
-        due = lambda every, step=step: step % every == 0 or step == stage.last
-        scalars = {}
-        if due(config.log_every):
-            rate = stage.schedule(step - stage.first - 1)
-            scalars = {"train/loss": float(jnp.mean(jnp.stack(losses))), "train/learning_rate": float(rate)}
-            losses.clear()
-        if due(config.eval_every):
-            run = restorer(stage.model, state.average)
-            score, _ = evaluate(run, stage.model.scale, held_out)
-            scalars |= {"evaluation/PSNR-Y": score.psnr, "evaluation/SSIM-Y": score.ssim}
-            log.add_image("evaluation", gallery(run, stage.model.scale, held_out), step, dataformats="HWC")
-        for name, value in scalars.items():
-            log.add_scalar(name, value, step)
-        if scalars:
-            text = ", ".join(f"{name} {value:.4g}" for name, value in scalars.items())
-            console.print(f"{stage.name} step {step}/{stage.last} {text}")
-        if due(config.checkpoint_every):
-            manager.save(step, args=ocp.args.StandardSave(state))
-    return state
+
+    def rate(state: State, events: SummaryWriter) -> dict[str, float]:
+        del events
+        return {"train/learning_rate": float(stage.schedule(int(state.step) - 1))}
+
+    def score(state: State, events: SummaryWriter) -> dict[str, float]:
+        run = restorer(stage.model, state.average)
+        picture = gallery(run, stage.model.scale, held_out)
+        events.add_image("evaluation", picture, int(state.step), dataformats="HWC")
+        found, _ = evaluate(run, stage.model.scale, held_out)
+        return {"evaluation/PSNR-Y": found.psnr, "evaluation/SSIM-Y": found.ssim}
+
+    print(f"{stage.name}: {stage.settings.steps} steps at x{stage.settings.scale}")
+    settings = ConfigDict(
+        dict(steps=stage.settings.steps, log_every=config.log_every, checkpoint_every=config.checkpoint_every)
+    )
+    evaluations = [Evaluation(config.log_every, rate), Evaluation(config.eval_every, score)]
+    start, run_steps = begin(stage, config, previous), functools.partial(steps, stage, config, pairs)
+    return training.train(settings, workdir, start, run_steps, evaluations)
 
 
 def evaluate(run: Restorer, scale: int, images: Mapping[str, sr.Image]) -> tuple[Restoration, Restoration]:

@@ -60,7 +60,7 @@ def train(
                 scalars |= measure(state, events) if due(every) else {}
             for name, value in scalars.items():
                 events.add_scalar(name, value, step)
-                console.print(f"step {step}/{config.steps} {name} {value:.4f} ({state.seconds / 60:.1f} min)")
+                console.print(f"step {step}/{config.steps} {name} {value:.4g} ({state.seconds / 60:.1f} min)")
             if due(config.checkpoint_every):
                 manager.save(step, args=ocp.args.StandardSave(state))
     return state
