@@ -350,7 +350,7 @@ void multiply(ffi::ThreadPool& pool, const Product& p, const Codec& codec, uint8
   constexpr int R = M == 1 ? 4 : Codec::kRuns == 1 || M == 2 ? 2 : 1;  // as many as registers hold
   const auto start = starts<M, Codec>(p, centre);
   const Spread spread(p.spread);
-  const int64_t block = p.n * p.stride <= kSerialBytes ? p.n : kBlock;
+  const int64_t block = p.n * p.stride <= kSerialBytes ? std::max<int64_t>(p.n, 1) : kBlock;
   parallel(pool, (p.n + block - 1) / block, [&](int64_t i) {
     int64_t n = i * block;
     const int64_t end = std::min(p.n, n + block);
