@@ -45,6 +45,14 @@ def test_functions_run_in_turns_after_one_untimed_call():
         paired(functions, rounds=0)
 
 
+def test_a_rest_comes_before_every_timed_call_and_is_not_timed(monkeypatch):
+    events = []
+    monkeypatch.setattr(time, "sleep", lambda seconds: events.append(f"rest {seconds}"))
+    monkeypatch.setattr(time, "perf_counter", lambda: events.append("clock") or 0.0)
+    paired({"a": lambda: events.append("call")}, rounds=2, rest=0.5)
+    assert events == ["call", *["rest 0.5", "clock", "call", "clock"] * 2]
+
+
 def test_waits_for_the_result():
     slow = jax.jit(
         lambda: jax.pure_callback(lambda: time.sleep(0.05) or np.float32(0), jax.ShapeDtypeStruct((), "float32"))
