@@ -11,7 +11,6 @@ About 8 minutes on two idle CPU cores.
 import dataclasses
 import functools
 import hashlib
-import os
 import pathlib
 import sys
 import time
@@ -178,9 +177,7 @@ def main(argv) -> None:
     """Scores all methods and writes the card `rlfn`."""
     del argv
     start, args = time.monotonic(), flags.FLAGS
-    if "JAXCOMP_DATA" not in os.environ:
-        raise ValueError("set JAXCOMP_DATA to a folder that holds sr/weights and sr/set5")
-    data = pathlib.Path(os.environ["JAXCOMP_DATA"])
+    data = sr.data_folder("sr/weights and sr/set5")
     weights = data / "sr" / "weights" / "rlfn_x4.safetensors"
     model, params = load_super_resolver("rlfn_x4", weights)
     pairs, stats, found = sr.set5(data), calibration(model), {}

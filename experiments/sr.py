@@ -1,6 +1,7 @@
 """What experiments on super-resolution share: images, their degradation, patches, scores and times as rows of cards."""
 
 import dataclasses
+import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
@@ -65,6 +66,13 @@ def degrade(high: Image, scale: int) -> Pair:
     """MATLAB's bicubic at 1 / scale; the truth is cut to a multiple of the scale."""
     high = mod_crop(high, scale)
     return Pair(np.asarray(imresize(high, Fraction(1, scale))), high)
+
+
+def data_folder(holds: str) -> pathlib.Path:
+    """The folder of real data. Raises ValueError that says what it must hold if none is named."""
+    if "JAXCOMP_DATA" not in os.environ:
+        raise ValueError(f"set JAXCOMP_DATA to a folder that holds {holds}")
+    return pathlib.Path(os.environ["JAXCOMP_DATA"])
 
 
 def set5(data: pathlib.Path) -> list[tuple[str, Image, Image]]:

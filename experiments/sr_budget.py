@@ -9,7 +9,6 @@ sr/set5. About 25 and 10 minutes on one idle CPU core.
 """
 
 import itertools
-import os
 import pathlib
 import sys
 import time
@@ -104,9 +103,7 @@ def main(argv) -> None:
     del argv
     logging.set_verbosity(logging.WARNING)  # Orbax logs every file
     start, args = time.monotonic(), flags.FLAGS
-    if "JAXCOMP_DATA" not in os.environ:
-        raise ValueError("set JAXCOMP_DATA to a folder that holds sr/set5")
-    arms, pairs, seeds = CARDS[args.card], sr.set5(pathlib.Path(os.environ["JAXCOMP_DATA"])), list(map(int, args.seeds))
+    arms, pairs, seeds = CARDS[args.card], sr.set5(sr.data_folder("sr/set5")), list(map(int, args.seeds))
     runs = {
         (arm, seed): score(arm, seed, pathlib.Path(args.workdir), pairs) for seed, arm in itertools.product(seeds, arms)
     }

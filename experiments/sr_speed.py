@@ -25,7 +25,7 @@ import safetensors.torch
 import torch
 from absl import flags
 
-from experiments import torch_sr
+from experiments import sr, torch_sr
 from experiments.cards import Card, Row, command_line, current_commit, current_device
 from experiments.runs import launch
 from experiments.sr_speed_card import BEST, COMPILED, PEER, PLAIN, REST, Size, best_of, departures, rows
@@ -91,7 +91,7 @@ def on_cpu() -> bool:
 
 
 def forms() -> dict[str, Form]:
-    """The forms that make a difference on this device; the last is the fastest."""
+    """The forms that make a difference on this device."""
     return FORMS if on_cpu() else {PLAIN: FORMS[PLAIN]}
 
 
@@ -207,9 +207,7 @@ def main(argv) -> None:
     """Measures and writes the card `sr_speed`."""
     del argv
     start, args = time.monotonic(), flags.FLAGS
-    if "JAXCOMP_DATA" not in os.environ:
-        raise ValueError("set JAXCOMP_DATA to a folder that holds sr/weights/*.safetensors")
-    weights = pathlib.Path(os.environ["JAXCOMP_DATA"]) / "sr" / "weights"
+    weights = sr.data_folder("sr/weights/*.safetensors") / "sr" / "weights"
     compiled = not on_cpu() if args.compile is None else args.compile
     found, load_seen = measure(weights, [parse_size(text) for text in args.sizes], args.rounds, compiled)
     paper = "RLFN: Kong et al., CVPRW 2022, arXiv 2205.07514; IMDN: Hui et al., 2019, arXiv 1909.11856"

@@ -187,7 +187,10 @@ def run_stage(
     previous: dict | None,
 ) -> State:
     """Runs a stage to its end, from the result of the previous one, with scores and images of what it restores."""
-    pairs = [sr.degrade(image, stage.settings.scale) for image in images.values()]
+
+    def run_steps(state: State) -> Steps:
+        pairs = [sr.degrade(image, stage.settings.scale) for image in images.values()]
+        return steps(stage, config, pairs, state)
 
     def rate(state: State, events: SummaryWriter) -> dict[str, float]:
         del events
@@ -205,8 +208,7 @@ def run_stage(
         dict(steps=stage.settings.steps, log_every=config.log_every, checkpoint_every=config.checkpoint_every)
     )
     evaluations = [Evaluation(config.log_every, rate), Evaluation(config.eval_every, score)]
-    start, run_steps = begin(stage, config, previous), functools.partial(steps, stage, config, pairs)
-    return training.train(settings, workdir, start, run_steps, evaluations)
+    return training.train(settings, workdir, begin(stage, config, previous), run_steps, evaluations)
 
 
 def evaluate(run: Restorer, scale: int, images: Mapping[str, sr.Image]) -> tuple[Restoration, Restoration]:

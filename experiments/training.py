@@ -32,7 +32,7 @@ def train(
     steps: Callable[[State], Steps],
     evaluations: Iterable[Evaluation] = (),
 ) -> State:
-    """Trains to the end, from the newest checkpoint of `workdir` if there is one.
+    """Trains to the end, from the newest checkpoint of `workdir` if there is one; a finished training asks for no steps.
 
     Args:
       config: has `steps`, `log_every` and `checkpoint_every`, in steps.
@@ -48,6 +48,8 @@ def train(
     ):
         if manager.latest_step() is not None:
             start = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(start))
+        if int(start.step) >= config.steps:
+            return start
         state = start
         for state, loss in with_progress(console, steps(start), int(start.step), config.steps):
             step, scalars = int(state.step), {}

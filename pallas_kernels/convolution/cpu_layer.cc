@@ -296,9 +296,9 @@ class Layer {
       for (int64_t tap = 0; tap < s.taps(); ++tap)
         for (int64_t u = 0; u < units; ++u)
           for (int64_t o = v * kLanes; o < last; ++o) {
-            const int64_t k = u * T::kInputs;
-            const In* from = w + (tap * s.inputs + k) * s.outputs + output(o);
-            out.push_back(output(o) < s.outputs ? T::unit(from, s.outputs, s.inputs - k) : Unit{});
+            const int64_t k = u * T::kInputs, column = output(o);
+            const In* from = w + (tap * s.inputs + k) * s.outputs + column;
+            out.push_back(column < s.outputs ? T::unit(from, s.outputs, s.inputs - k) : Unit{});
           }
     }
     return out;

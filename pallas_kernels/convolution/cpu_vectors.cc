@@ -1,7 +1,6 @@
 // Vectors of 16 float32 sums: how inputs are multiplied into them, how they are read and stored.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <new>
